@@ -1,0 +1,77 @@
+# Needs Python 3.11 or newer and make; everything else goes into $(VENV).
+#
+#   make demo        the main job on real input
+#   make test        the test suite          (ARGS="-k word" narrows it)
+#   make check       format, lint, types, layering, API
+#   make bench       the benchmarks, into benchmarks/results/
+#   make docs        the documentation, into docs/_build/html/
+#   make soak        the tests that run for minutes
+#   make clean       what was built; `make distclean` takes the environment along
+
+VENV ?= .venv
+ARGS ?=
+# Several workers, but not one for each of 64 cores: the tests start processes of their own.
+PYTEST_FLAGS ?= -n auto --maxprocesses 4
+
+FITS = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+# The first that is new enough and can make an environment; running it is the test, since a version manager's shim may exist
+# for a Python that is switched off.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$p -c '$(FITS)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+BIN = $(VENV)/bin
+PY = $(BIN)/python
+
+.PHONY: demo test check format bench docs soak clean distclean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-base
+	$(PY) -m fdshare demo
+
+test: $(VENV)/.installed-test
+	$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+soak: $(VENV)/.installed-test
+	$(PY) -m pytest -m soak --timeout 3600 -o faulthandler_timeout=3500 $(ARGS)
+
+# fdshare/ holds the link to integrations/, so mypy sees both under the names users import.
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(PY) -m mypy fdshare $(wildcard examples/*.py)
+	$(PY) -m pytest -q tests/test_layering.py tests/test_api.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(VENV)/.installed-bench
+	$(PY) -m benchmarks $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "fdshare needs Python 3.11 or newer with venv and ensurepip, and found none: install one" \
+		"(on Debian: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@test -x $(PY) || "$(PYTHON)" -c '$(FITS)' || { echo "$(PYTHON) does not serve: Python 3.11 or newer with venv and" \
+		"ensurepip is needed (on Debian: apt-get install python3-venv)" >&2; exit 1; }
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-base: $(VENV)/.created pyproject.toml
+	$(PY) -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.created pyproject.toml
+	$(PY) -m pip install -q --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf build dist docs/_build .ci/reports benchmarks/build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
