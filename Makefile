@@ -53,12 +53,14 @@ docs: $(VENV)/.installed-docs
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+# An environment that was there before is used as it is; one that was left half made is made again.
 $(VENV)/.created:
-	@test -n "$(PYTHON)" || { echo "fdshare needs Python 3.11 or newer with venv and ensurepip, and found none: install one" \
-		"(on Debian: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
-	@test -x $(PY) || "$(PYTHON)" -c '$(FITS)' || { echo "$(PYTHON) does not serve: Python 3.11 or newer with venv and" \
-		"ensurepip is needed (on Debian: apt-get install python3-venv)" >&2; exit 1; }
-	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+		python="$(PYTHON)"; "$${python:-none}" -c '$(FITS)' 2>/dev/null || { \
+			echo "fdshare needs Python 3.11 or newer with venv and ensurepip; $${python:-nothing found on PATH} does not serve." >&2; \
+			echo "Install one (on Debian: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3" >&2; \
+			exit 1; }; \
+		echo "making $(VENV) with $$python"; "$$python" -m venv $(VENV); }
 	@touch $@
 
 $(VENV)/.installed-base: $(VENV)/.created pyproject.toml
