@@ -1,0 +1,353 @@
+"""Objects to packets and back; no I/O.
+
+``encode`` gives either plain bytes (a small message without descriptors: one pickle) or an :class:`Outgoing` with the pickle,
+borrowed descriptors and out-of-band buffers.  ``decode`` takes an :class:`Incoming`.  Pickle's C implementation does the
+work; the reducers of :mod:`fdshare.reducers` come before everything else, and cloudpickle is asked only when pickle has
+failed, since it takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import attrs
+
+from fdshare import files as _files  # noqa: F401 -- registers how files travel
+from fdshare import reducers
+from fdshare.errors import DecodeError, NotSendableError
+from fdshare.handle import FdHandle, Moved
+from fdshare.wire import MAX_FDS_PER_PACKET, MAX_INLINE
+
+__all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec"]
+
+PROTOCOL = 5
+"""The pickle protocol: the first with out-of-band buffers (PEP 574), of Python 3.8."""
+
+INLINE_BUFFER = MAX_INLINE // 2
+"""Buffers below this size, bytes, are copied into the pickle: a segment costs more than the copy."""
+
+_MAX_SPARE = 8
+"""Encoders kept for the next message; one for each thread that encodes at the same time."""
+
+_MAX_PROBES = 2000
+"""Most objects that are tried one by one to find the one that cannot travel."""
+
+
+@attrs.define(eq=False)
+class Outgoing:
+    """A message to be sent: what it borrows stays borrowed until :meth:`sent` or :meth:`failed`."""
+
+    payload: list[Any] = attrs.field(factory=list)
+    """Bytes-like pieces of the pickle, in order."""
+    fds: list[int] = attrs.field(factory=list)
+    """Borrowed descriptors, each once."""
+    buffers: list[memoryview] = attrs.field(factory=list)
+    """Out-of-band buffers, in the order in which the pickle refers to them."""
+    _index: dict[int, int] = attrs.field(factory=dict)
+    _owners: list[object] = attrs.field(factory=list)
+    _consumed: list[Callable[[], object]] = attrs.field(factory=list)
+    _temporaries: list[FdHandle] = attrs.field(factory=list)
+
+    def hold(self) -> None:
+        """Duplicate the borrowed descriptors and copy the buffers, so that the message can wait to be sent.
+
+        Raises:
+            OSError: no descriptor left; nothing was duplicated.
+        """
+        held: list[FdHandle] = []
+        try:
+            for fd in self.fds:
+                held.append(FdHandle.dup(fd))
+        except BaseException:
+            for handle in held:
+                handle.close()
+            raise
+        self._close_temporaries()
+        self._temporaries = held
+        self.fds = [handle.fileno() for handle in held]
+        self.buffers = [memoryview(bytes(b)) if b.readonly else memoryview(bytearray(b)) for b in self.buffers]
+        self._owners.clear()
+
+    def sent(self) -> None:
+        """The kernel has it: close what was moved."""
+        consumed, self._consumed = self._consumed, []
+        try:
+            for close in consumed:
+                close()
+        finally:
+            self.failed()
+
+    def failed(self) -> None:
+        """It will not be sent: let go of everything, and leave what was to be moved with its owner."""
+        self._close_temporaries()
+        self._owners.clear()
+        self._consumed.clear()
+
+    def _close_temporaries(self) -> None:
+        while self._temporaries:
+            self._temporaries.pop().close()
+
+
+@attrs.define(eq=False)
+class Incoming:
+    """A message that arrived: it owns its descriptors until ``decode`` has handed them on."""
+
+    payload: Any
+    handles: list[FdHandle] = attrs.field(factory=list)
+    buffers: list[memoryview] = attrs.field(factory=list)
+
+    def close(self) -> None:
+        """Close every descriptor: nobody will decode it."""
+        for handle in self.handles:
+            handle.close()
+
+
+class Codec(Protocol):
+    """What a channel needs to know of an encoding."""
+
+    def encode(self, obj: Any) -> bytes | Outgoing:
+        """Return a bare pickle of at most ``wire.MAX_INLINE`` bytes, or the parts of any other message."""
+        ...
+
+    def decode(self, message: Incoming) -> Any:
+        """Rebuild the object; close what it does not take, whatever happens."""
+        ...
+
+
+class _Lender:
+    """The context of reducers, mixed into both picklers."""
+
+    by_value = False
+
+    def start(self) -> Callable[[Any], object]:
+        self.chunks: list[Any] = []
+        self.outgoing: Outgoing | None = None
+        self.moving = 0
+        return self.chunks.append
+
+    def take_outgoing(self) -> Outgoing:
+        """Hand the finished message over, and be ready for the next."""
+        outgoing, self.outgoing = self.outgoing or Outgoing(), None
+        outgoing.payload = self.chunks.copy()
+        self.chunks.clear()
+        self.moving = 0
+        return outgoing
+
+    def _out(self) -> Outgoing:
+        if self.outgoing is None:
+            self.outgoing = Outgoing()
+        return self.outgoing
+
+    def lend(self, fd: int, owner: object) -> int:
+        out = self._out()
+        index = out._index.get(fd)
+        if index is None:
+            index = out._index[fd] = len(out.fds)
+            out.fds.append(fd)
+            out._owners.append(owner)
+        return index
+
+    def consume(self, close: Callable[[], object]) -> None:
+        self._out()._consumed.append(close)
+
+    def borrow_temporary(self, handle: FdHandle) -> None:
+        self._out()._temporaries.append(handle)
+
+    def on_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Keep a buffer out of the pickle (False) where that is worth a segment."""
+        view = buffer.raw()
+        if view.nbytes < INLINE_BUFFER:
+            return True
+        self._out().buffers.append(view)
+        return False
+
+
+class _Sink:
+    """A file with nothing but ``write``: pickle hands large bytes through it without copying them."""
+
+    __slots__ = ("write",)
+
+    def __init__(self, write: Callable[[Any], object]) -> None:
+        self.write = write
+
+
+class _Encoder(_Lender, pickle.Pickler):
+    def __init__(self) -> None:
+        super().__init__(_Sink(self.start()), PROTOCOL, buffer_callback=self.on_buffer)  # type: ignore[arg-type]
+
+    def reducer_override(self, obj: Any) -> Any:
+        cls = type(obj)
+        try:
+            reduce = reducers.resolved[cls]
+        except KeyError:
+            reduce = reducers.find_reducer(cls)
+        return NotImplemented if reduce is None else reduce(obj, self)
+
+
+@functools.cache
+def _by_value_encoder() -> type[Any]:
+    import cloudpickle
+
+    class ByValueEncoder(_Lender, cloudpickle.CloudPickler):  # type: ignore[misc]  # untyped
+        by_value = True
+
+        def __init__(self) -> None:
+            super().__init__(_Sink(self.start()), PROTOCOL, buffer_callback=self.on_buffer)
+
+        def reducer_override(self, obj: Any) -> Any:
+            reduce = reducers.find_reducer(type(obj))
+            reduced = NotImplemented if reduce is None else reduce(obj, self)
+            return super().reducer_override(obj) if reduced is NotImplemented else reduced
+
+    return ByValueEncoder
+
+
+_spare: list[_Encoder] = []
+
+
+class PickleCodec:
+    """The default codec: pickle with reducers, then cloudpickle.  For processes of one user that trust each other."""
+
+    def encode(self, obj: Any) -> bytes | Outgoing:
+        """Encode ``obj``; nothing is changed in it, whatever is to be moved.
+
+        Raises:
+            NotSendableError: something in it cannot travel; says what, where, and what to do.
+        """
+        try:
+            encoder = _spare.pop()
+        except IndexError:
+            encoder = _Encoder()
+        try:
+            encoder.dump(obj)
+        except Exception as error:
+            if encoder.outgoing is not None:
+                encoder.outgoing.failed()
+            return _encode_by_value(obj, error)
+        encoder.clear_memo()
+        chunks = encoder.chunks
+        if encoder.outgoing is None and len(chunks) == 1:
+            data: bytes = chunks.pop()
+            if len(data) <= MAX_INLINE:
+                _spare.append(encoder)
+                return data
+            return Outgoing([data])  # and no more of this encoder, which keeps a large memo table
+        outgoing = encoder.take_outgoing()
+        if len(_spare) < _MAX_SPARE and len(outgoing.fds) < MAX_FDS_PER_PACKET:
+            _spare.append(encoder)
+        return outgoing
+
+    def decode(self, message: Incoming) -> Any:
+        """Rebuild the object.
+
+        Raises:
+            DecodeError: it cannot be rebuilt here; its descriptors are closed.
+        """
+        unpacking = reducers.Unpacking(message.handles)
+        outer, reducers.decoding.message = reducers.decoding.message, unpacking
+        failed = True
+        try:
+            obj = pickle.loads(message.payload, buffers=message.buffers)
+            failed = False
+            return obj
+        except Exception as error:
+            raise undecodable(error) from error
+        finally:
+            reducers.decoding.message = outer
+            unpacking.close(failed)
+
+
+def undecodable(error: Exception) -> DecodeError:
+    """Return the typed error for a message that could not be rebuilt because of ``error``."""
+    if isinstance(error, DecodeError):
+        return error
+    return DecodeError(f"a message could not be rebuilt: {type(error).__name__}: {error}")
+
+
+# --- when pickle fails: cloudpickle, and then an error that says where -----------------------------------------
+
+
+def _encode_by_value(obj: Any, first: Exception) -> Outgoing:
+    """Try again with cloudpickle; ``first`` is what pickle said."""
+    refused = isinstance(first, reducers.Refused) and not isinstance(first.obj, types.FunctionType | type)
+    error = first if refused else _try_by_value(obj)
+    if isinstance(error, Outgoing):
+        return error
+    path, culprit, error = _find_culprit(obj, error)
+    type_name = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
+    reason = str(error) or type(error).__name__
+    raise NotSendableError(
+        f"cannot send {path} ({type_name}): {reason}", path=path, type_name=type_name, reason=reason
+    ) from error
+
+
+def _try_by_value(obj: Any) -> Outgoing | Exception:
+    """Encode ``obj`` with cloudpickle; return the exception where that fails too."""
+    encoder = _by_value_encoder()()
+    try:
+        encoder.dump(obj)
+    except Exception as error:
+        if encoder.outgoing is not None:
+            encoder.outgoing.failed()
+        return error
+    outgoing: Outgoing = encoder.take_outgoing()
+    return outgoing
+
+
+def _find_culprit(obj: Any, error: Exception) -> tuple[str, Any, Exception]:
+    """Return the path to the innermost part of ``obj`` that cannot be encoded, that part, and why."""
+    path, probes, seen = "message", 0, {id(obj)}
+    while True:
+        for step, child in _children(obj):
+            probes += 1
+            if id(child) in seen or probes > _MAX_PROBES:
+                continue
+            seen.add(id(child))
+            failure = _try_by_value(child)
+            if isinstance(failure, Outgoing):
+                failure.failed()
+                continue
+            obj, path, error = child, path + step, failure
+            break
+        else:
+            return path, obj, error
+
+
+def _children(obj: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what ``obj`` holds, each with its step of the path."""
+    if isinstance(obj, dict):
+        for key, value in obj.items():
+            yield f"[{key!r:.60}]", value
+        for key in obj:
+            yield f".keys()[{key!r:.60}]", key
+    elif isinstance(obj, list | tuple):
+        for index, item in enumerate(obj):
+            yield f"[{index}]", item
+    elif isinstance(obj, set | frozenset):
+        for item in obj:
+            yield f"{{{item!r:.60}}}", item
+    elif isinstance(obj, Moved):
+        yield "", obj.obj
+    elif isinstance(obj, functools.partial):
+        yield ".func", obj.func
+        yield ".args", obj.args
+        yield ".keywords", obj.keywords
+    elif isinstance(obj, types.MethodType):
+        yield ".__self__", obj.__self__
+    elif isinstance(obj, types.FunctionType):
+        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True):
+            yield f".{name}", cell.cell_contents
+        for name in obj.__code__.co_names:
+            if name in obj.__globals__:
+                yield f".{name}", obj.__globals__[name]
+    elif not isinstance(obj, type | types.ModuleType):
+        for name, value in getattr(obj, "__dict__", {}).items():
+            yield f".{name}", value
+        for cls in type(obj).__mro__:
+            for name in vars(cls).get("__slots__", ()):
+                if hasattr(obj, name):
+                    yield f".{name}", getattr(obj, name)

@@ -1,0 +1,316 @@
+"""``FdHandle``, the sole owner of one descriptor, and ``move``, which gives an owner away with a message.
+
+Ownership, in three verbs used throughout fdshare:
+
+=========== ============================================ =========================================
+verb        calls                                        afterwards
+=========== ============================================ =========================================
+borrow      ``fileno()``                                 the handle still owns the descriptor
+duplicate   ``FdHandle.dup(x)``, sending a handle        two owners, two descriptors, one description
+consume     ``detach()``, ``to_file()``, ``to_socket()`` the caller owns it, the handle is spent
+=========== ============================================ =========================================
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import stat
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import attrs
+
+from fdshare.errors import ClosedError, DecodeError, NotSendableError
+
+if TYPE_CHECKING:
+    import socket
+    from types import TracebackType
+
+__all__ = ["FdHandle", "HasFileno", "Moved", "as_fd", "format_of", "kind_of", "move"]
+
+T = TypeVar("T")
+
+
+class HasFileno(Protocol):
+    """Anything that lends its descriptor: a file, a socket, a Channel, an FdHandle."""
+
+    def fileno(self) -> int:
+        """Return the descriptor's number."""
+        ...
+
+
+_KIND_BY_FORMAT = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+
+def format_of(fd: int) -> int:
+    """Return the file format bits (``S_IFMT``) that ``fstat`` tells of ``fd``; 0 for anonymous inodes."""
+    return stat.S_IFMT(os.fstat(fd).st_mode)
+
+
+def kind_of(fd: int) -> str:
+    """Tell what ``fd`` is: "file", "directory", "socket", "pipe", "tty", "device", "memfd", "eventfd", "pidfd", "epoll",
+    "timerfd", "signalfd", … or "unknown" where the system does not tell.
+
+    Raises:
+        OSError: ``fd`` is not open.
+    """
+    kind = _KIND_BY_FORMAT.get(format_of(fd))
+    if kind == "device" and os.isatty(fd):
+        return "tty"
+    if kind not in (None, "file"):
+        return kind
+    try:  # only Linux names anonymous inodes, and memory files among the regular ones
+        link = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return kind or "unknown"
+    if link.startswith("/memfd:"):
+        return "memfd"
+    if link.startswith("pidfd:"):  # a file system of its own since Linux 6.9
+        return "pidfd"
+    if link.startswith("anon_inode:"):
+        name = link.removeprefix("anon_inode:").strip("[]")
+        return {"eventpoll": "epoll"}.get(name, name)
+    return kind or "unknown"
+
+
+def as_fd(obj: HasFileno | int) -> int:
+    """Borrow the descriptor of ``obj`` (an int, or anything with ``fileno()``).
+
+    Raises:
+        TypeError: ``obj`` has no descriptor.
+        ValueError: the number is negative.
+    """
+    fd = obj if isinstance(obj, int) else getattr(obj, "fileno", _no_fileno)()
+    if isinstance(fd, bool) or not isinstance(fd, int):
+        raise TypeError(f"expected a descriptor or an object with fileno(), not {type(obj).__name__}")
+    if fd < 0:
+        raise ValueError(f"invalid descriptor {fd}")
+    return fd
+
+
+def _no_fileno() -> None:
+    return None
+
+
+def _checked(fd: int) -> int:
+    if type(fd) is int and fd >= 0:
+        return fd
+    if isinstance(fd, int) and not isinstance(fd, bool):
+        raise ValueError(f"invalid descriptor {fd}")
+    raise TypeError(f"FdHandle takes a descriptor number, not {type(fd).__name__} (FdHandle.dup takes files too)")
+
+
+@attrs.define(eq=False, repr=False, slots=True, on_setattr=attrs.setters.NO_OP)
+class FdHandle:
+    """The sole owner of one descriptor.
+
+    ``FdHandle(fd)`` takes the number over: from now on only the handle closes it.  Handles travel in messages (the
+    descriptor is duplicated into the receiver) and close by ``close()`` or as a context manager; one that is dropped
+    open closes too, with a ResourceWarning.  After a fork the child's copy owns the child's descriptor.
+
+    Raises:
+        TypeError: ``fd`` is not an int.
+        ValueError: ``fd`` is negative.
+    """
+
+    # Nothing is called between the converter and the end of __init__: an interrupt leaves the descriptor owned either
+    # by the handle or by the caller, never by both (transport.py relies on it).
+    _fd: int = attrs.field(converter=_checked, alias="fd")
+    _kind: str | None = attrs.field(default=None, init=False)
+
+    @classmethod
+    def dup(cls, file: HasFileno | int) -> FdHandle:
+        """Duplicate a descriptor: the new handle owns the copy (close-on-exec), ``file`` keeps its own.
+
+        Raises:
+            OSError: not open (EBADF), or the descriptor limit is reached (EMFILE).
+            TypeError: ``file`` has no descriptor.
+        """
+        return cls(os.dup(as_fd(file)))
+
+    def fileno(self) -> int:
+        """Borrow the descriptor: its number, still owned by the handle.
+
+        Raises:
+            ClosedError: the handle was closed or consumed.
+        """
+        if self._fd < 0:
+            raise ClosedError("this FdHandle was closed or consumed")
+        return self._fd
+
+    def detach(self) -> int:
+        """Consume the handle: return the number, which the caller must close from now on.
+
+        Raises:
+            ClosedError: the handle was closed or consumed.
+        """
+        fd = self.fileno()
+        self._fd = -1
+        return fd
+
+    def close(self) -> None:
+        """Close the descriptor; closing twice is harmless.  Errors of close(2) are raised as OSError."""
+        fd, self._fd = self._fd, -1  # forgotten first: the number may be reused as soon as it is closed
+        if fd >= 0:
+            os.close(fd)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the handle owns nothing any more."""
+        return self._fd < 0
+
+    @property
+    def kind(self) -> str:
+        """What the descriptor is, see :func:`kind_of`; remembered, so it stays known after close.
+
+        Raises:
+            ClosedError: the handle was closed before its kind was ever asked for.
+        """
+        if self._kind is None:
+            self._kind = kind_of(self.fileno())
+        return self._kind
+
+    def to_file(self, mode: str = "rb", **open_kwargs: Any) -> io.IOBase:
+        """Consume the handle into a file object, as ``open(fd, mode, **open_kwargs)`` would make it.
+
+        Raises:
+            ClosedError: the handle was closed or consumed.
+            ValueError, LookupError: bad mode, encoding or buffering; the handle stays usable where the descriptor does.
+            OSError: the descriptor does not fit, such as a directory.
+        """
+        for option, lookup in (("encoding", codecs.lookup), ("errors", codecs.lookup_error)):
+            if open_kwargs.get(option) not in (None, "locale"):
+                lookup(open_kwargs[option])
+        fd = self.fileno()
+        try:
+            file = open(fd, mode, **open_kwargs)  # noqa: SIM115 -- the caller owns it
+        except BaseException:
+            try:
+                os.fstat(fd)
+            except OSError:  # open() had made a file object, and closed the descriptor with it
+                self._fd = -1
+            raise
+        self._fd = -1
+        assert isinstance(file, io.IOBase)
+        return file
+
+    def to_socket(self) -> socket.socket:
+        """Consume the handle into a socket; its timeout is None, or 0.0 where the description is non-blocking.
+
+        Raises:
+            ClosedError: the handle was closed or consumed.
+            OSError: not a socket (ENOTSOCK); the handle stays usable.
+        """
+        import socket
+
+        fd = self.fileno()
+        sock = socket.socket(fileno=fd)
+        self._fd = -1
+        if not os.get_blocking(fd):
+            sock.settimeout(0.0)  # says what the shared description does; changes nothing there
+        return sock
+
+    def __enter__(self) -> FdHandle:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._fd < 0:
+            return "<FdHandle closed>"
+        try:
+            kind = self.kind
+        except OSError as error:
+            kind = errno.errorcode.get(error.errno or 0, "?")
+        return f"<FdHandle fd={self._fd} {kind}>"
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:  # unset where __init__ raised
+            # The warning may be an error, and this object is beyond saving: close first.
+            text = f"unclosed {self!r}"
+            try:
+                self.close()
+            finally:
+                warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process."""
+        return (adopt_inherited, (inheritable(self, "FdHandle"),))
+
+
+def inheritable(owner: HasFileno, what: str) -> Any:
+    """Return multiprocessing's own token for a descriptor that the process being started now will inherit.
+
+    Raises:
+        NotSendableError: no process is being started, so the bytes of this pickle could go anywhere.
+    """
+    context = sys.modules.get("multiprocessing.context")
+    if context is None or context.get_spawning_popen() is None:
+        raise NotSendableError(
+            f"cannot pickle {what} outside a Channel: a descriptor cannot travel as bytes; "
+            "send it over a fdshare.Channel, or pass it in Process(args=...)",
+            type_name=what,
+        )
+    from multiprocessing import reduction
+
+    return reduction.DupFd(owner.fileno())
+
+
+def adopt_inherited(token: Any) -> FdHandle:
+    """Rebuild in the started process what :func:`inheritable` made."""
+    handle = FdHandle(token.detach())
+    os.set_inheritable(handle.fileno(), False)
+    return handle
+
+
+def verify_format(fd: int, expected: int) -> None:
+    """Check that ``fd`` has the file format that its sender declared.
+
+    Raises:
+        DecodeError: it is something else: the sender is wrong or lies.
+    """
+    actual = format_of(fd)
+    if actual != expected:
+        raise DecodeError(
+            f"a descriptor was declared as {_KIND_BY_FORMAT.get(expected, 'anonymous')!r} "
+            f"and arrived as {_KIND_BY_FORMAT.get(actual, 'anonymous')!r}"
+        )
+
+
+class Moved:
+    """What :func:`move` returns: an object whose descriptors change owner with the message."""
+
+    __slots__ = ("obj",)
+
+    def __init__(self, obj: object) -> None:
+        self.obj = obj
+
+    def __repr__(self) -> str:
+        return f"move({self.obj!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise NotSendableError("move() has a meaning only in a message sent over a fdshare.Channel", type_name="Moved")
+
+
+def move(obj: Any) -> Moved:
+    """Mark ``obj`` to be given away: ``channel.send(move(f))``.
+
+    The receiver gets what it would get without ``move``; the sender's own descriptors inside ``obj`` are closed as soon as the
+    kernel has the message, and stay usable where the send raised.  Works at any depth of a message, and on containers
+    and objects that hold files, sockets, handles or channels.
+    """
+    return Moved(obj)

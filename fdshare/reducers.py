@@ -1,0 +1,336 @@
+"""Which types travel and how: a registry of reduce/rebuild pairs, side by side.
+
+A reducer is called as ``reduce(obj, context)`` and returns what ``__reduce__`` would: a module-level function and its
+arguments, which may hold further objects that travel.  ``context.lend(fd, owner)`` puts a descriptor into the message and
+returns its index; the rebuild function calls :func:`take` with that index.  A reducer may run several times for one object, and must leave it
+as it was: flushing a writer and aligning a reader's offset are the only things done to it.
+
+The names of the rebuild functions are the wire format.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import os
+import select
+import socket
+import stat
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from fdshare.errors import DecodeError, NotSendableError
+from fdshare.handle import FdHandle, Moved, format_of, verify_format
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+T = TypeVar("T")
+
+__all__ = ["Context", "decoding", "find_reducer", "register", "take"]
+
+
+class Context(Protocol):
+    """What an encoder offers to reducers."""
+
+    by_value: bool
+    """Whether cloudpickle may take over what cannot be found by name."""
+
+    moving: int
+    """Above zero inside ``move(...)``: the object changes owner with the message."""
+
+    def lend(self, fd: int, owner: object) -> int:
+        """Put ``fd`` into the message, keeping ``owner`` alive until it is sent; return its index there."""
+
+    def consume(self, close: Callable[[], object]) -> None:
+        """Call ``close`` once the kernel has the message."""
+
+    def borrow_temporary(self, handle: FdHandle) -> None:
+        """Close ``handle`` when the message was sent, or failed."""
+
+
+Reduced = Any  # the tuple of object.__reduce__, or NotImplemented
+Reducer = Callable[[Any, Context], Reduced]
+
+
+# --- the descriptors of the message being decoded, by thread ------------------------------------------------
+
+
+class Unpacking:
+    """The descriptors of a message that is being unpickled, and who took them."""
+
+    __slots__ = ("built", "given", "handles", "numbers")
+
+    def __init__(self, handles: list[FdHandle]) -> None:
+        self.handles = handles
+        self.numbers = [handle.fileno() for handle in handles]
+        self.given = [False] * len(handles)
+        self.built: list[Any] = []
+
+    def close(self, failed: bool) -> None:
+        """Close every descriptor that nobody took, and after a failure those that somebody took too."""
+        for handle, given in zip(self.handles, self.given, strict=True):
+            if failed or not given:
+                handle.close()
+        if failed:
+            for obj in self.built:
+                obj.close()
+
+
+class _Decoding(threading.local):
+    message: Unpacking | None = None
+
+
+decoding = _Decoding()
+
+
+def take(index: int, expected_format: int) -> FdHandle:
+    """Return the message's descriptor number ``index``: itself the first time, a duplicate afterwards.
+
+    Raises:
+        DecodeError: outside of decoding, no such descriptor, or not what the sender declared.
+    """
+    message = decoding.message
+    if message is None:
+        raise DecodeError("a message with descriptors was unpickled outside its channel")
+    if not 0 <= index < len(message.numbers):
+        raise DecodeError(f"descriptor {index} of a message that has {len(message.numbers)}")
+    number = message.numbers[index]
+    verify_format(number, expected_format)
+    if not message.given[index]:
+        message.given[index] = True
+        return message.handles[index]
+    handle = FdHandle.dup(number)
+    message.built.append(handle)
+    return handle
+
+
+def built(obj: T) -> T:
+    """Note an object that took a descriptor over, so that it is closed where the rest of the message fails."""
+    if decoding.message is not None:
+        decoding.message.built.append(obj)
+    return obj
+
+
+# --- the registry ---------------------------------------------------------------------------------------------
+
+known: dict[type, Reducer] = {}
+known_by_name: dict[str, Reducer] = {}  # types of modules that are not imported for their sake
+_refusals: set[Reducer] = set()  # what holds for subclasses too
+resolved: dict[type, Reducer | None] = {}
+
+
+def register(type: type, *, reduce: Callable[[Any], tuple[Any, ...]]) -> None:
+    """Teach fdshare how objects of exactly ``type`` travel.
+
+    Args:
+        type: a class; a subclass needs a registration of its own.
+        reduce: called with the object at the sender, returns ``(function, args)`` as ``__reduce__`` would; ``args`` may
+            hold files, sockets, FdHandles.  An ``FdHandle.dup(fd)`` made there and referenced from nowhere else is
+            closed after the send.  It may be called several times for one object.
+
+    Raises:
+        TypeError: ``type`` is not a class or ``reduce`` is not callable.
+    """
+    if not isinstance(type, _type) or not callable(reduce):
+        raise TypeError("register(type, reduce=function): a class and a function")
+
+    def reduce_registered(obj: Any, context: Context) -> Reduced:
+        reduced = reduce(obj)
+        arguments = reduced[1] if isinstance(reduced, tuple) and len(reduced) > 1 else ()
+        for position in range(len(arguments)):
+            # Referenced by the tuple and getrefcount's argument only: made for this message.
+            if _type(arguments[position]) is FdHandle and sys.getrefcount(arguments[position]) <= 2:
+                context.borrow_temporary(arguments[position])
+        return reduced
+
+    known[type] = reduce_registered
+    resolved.clear()
+
+
+_type = type
+
+
+def find_reducer(cls: type) -> Reducer | None:
+    """Return how ``cls`` travels, or None where pickle's own way is right; remembered in ``resolved``.
+
+    A subclass of a known type that says nothing about its own pickling is refused: rebuilt as its base it would
+    silently become something else.
+    """
+    reducer = resolved[cls] = _resolve(cls)
+    return reducer
+
+
+def _resolve(cls: type) -> Reducer | None:
+    if issubclass(cls, type):
+        return reduce_by_name
+    for base in cls.__mro__[:-1]:
+        reducer = known.get(base) or known_by_name.get(f"{base.__module__}.{base.__qualname__}")
+        if reducer is not None:
+            return reducer if base is cls or reducer in _refusals else _refuse_subclass(cls, base)
+        if cls in copyreg.dispatch_table or "__reduce__" in vars(base) or "__reduce_ex__" in vars(base):
+            return None  # it knows by itself
+    return None
+
+
+def _refuse_subclass(cls: type, base: type) -> Reducer:
+    return _refusal(
+        f"it is a subclass of {base.__name__} with a behaviour of its own; "
+        f"fdshare.register({cls.__name__}, reduce=...) says how it travels"
+    )
+
+
+def _refusal(reason: str) -> Reducer:
+    def refuse(obj: Any, context: Context) -> Reduced:
+        raise Refused(obj, reason)
+
+    return refuse
+
+
+class Refused(Exception):
+    """Inside the encoder: ``obj`` cannot travel, because of ``reason``."""
+
+    def __init__(self, obj: object, reason: str) -> None:
+        super().__init__(reason)
+        self.obj = obj
+        self.reason = reason
+
+
+def lend(obj: Any, context: Context, fd: int) -> tuple[int, int]:
+    return context.lend(fd, obj), format_of(fd)
+
+
+# --- FdHandle and move -------------------------------------------------------------------------------------------
+
+
+def reduce_handle(handle: FdHandle, context: Context) -> Reduced:
+    if handle.closed:
+        raise Refused(handle, "it is closed or was consumed")
+    if context.moving:
+        context.consume(handle.close)
+    return take, lend(handle, context, handle.fileno())
+
+
+class Mark:
+    """Stands around what is moved, so that the encoder knows where it begins and ends."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
+def reduce_move(moved: Moved, context: Context) -> Reduced:
+    return rebuild_moved, (Mark(1), moved.obj, Mark(-1))
+
+
+def reduce_mark(mark: Mark, context: Context) -> Reduced:
+    context.moving += mark.step
+    return int, ()
+
+
+def rebuild_moved(_begin: object, obj: Any, _end: object) -> Any:
+    return obj
+
+
+# --- sockets, connections, epoll --------------------------------------------------------------------------------
+
+
+def reduce_socket(sock: socket.socket, context: Context) -> Reduced:
+    fd = sock.fileno()
+    if fd < 0:
+        raise Refused(sock, "it is closed")
+    if context.moving:
+        context.consume(sock.close)
+    index = context.lend(fd, sock)
+    return rebuild_socket, (index, int(sock.family), int(sock.type), sock.proto, sock.gettimeout())
+
+
+def rebuild_socket(index: int, family: int, type: int, proto: int, timeout: float | None) -> socket.socket:
+    handle = take(index, stat.S_IFSOCK)
+    blocking = os.get_blocking(handle.fileno())
+    sock = socket.socket(family, type, proto, fileno=handle.fileno())
+    handle.detach()
+    built(sock)
+    # O_NONBLOCK belongs to the description that the sender shares, and settimeout writes it.  So the timeout is
+    # set where that changes nothing; where the flag says otherwise meanwhile, the flag is the truth.
+    if blocking is (timeout is None):
+        if timeout is not None:
+            sock.settimeout(timeout)
+    elif not blocking:
+        sock.settimeout(0.0)
+    return sock
+
+
+def reduce_connection(connection: Connection, context: Context) -> Reduced:
+    if connection.closed:
+        raise Refused(connection, "it is closed")
+    if context.moving:
+        context.consume(connection.close)
+    arguments = lend(connection, context, connection.fileno())
+    return rebuild_connection, (*arguments, connection.readable, connection.writable)
+
+
+def rebuild_connection(index: int, format: int, readable: bool, writable: bool) -> Connection:
+    from multiprocessing.connection import Connection
+
+    handle = take(index, format)
+    return built(Connection(handle.detach(), readable, writable))
+
+
+def reduce_epoll(epoll: Any, context: Context) -> Reduced:
+    if epoll.closed:
+        raise Refused(epoll, "it is closed")
+    if context.moving:
+        context.consume(epoll.close)
+    return rebuild_epoll, lend(epoll, context, epoll.fileno())
+
+
+def rebuild_epoll(index: int, format: int) -> Any:
+    return built(select.epoll.fromfd(take(index, format).detach()))
+
+
+# --- functions and classes -----------------------------------------------------------------------------------------
+
+
+def reduce_by_name(obj: Any, context: Context) -> Reduced:
+    """Functions and classes travel by name, except those of a main module that no other process can import."""
+    if not context.by_value and getattr(obj, "__module__", None) == "__main__" and not _main_is_importable():
+        raise Refused(obj, "it lives in a __main__ that other processes cannot import")
+    return NotImplemented
+
+
+def _main_is_importable() -> bool:
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    return getattr(main, "__spec__", None) is not None or bool(file and os.path.isfile(file))
+
+
+known.update(
+    {
+        FdHandle: reduce_handle,
+        Moved: reduce_move,
+        Mark: reduce_mark,
+        socket.socket: reduce_socket,
+        types.FunctionType: reduce_by_name,
+    }
+)
+if hasattr(select, "epoll"):
+    known[select.epoll] = reduce_epoll
+known_by_name.update(
+    {
+        "multiprocessing.connection.Connection": reduce_connection,
+    }
+)
+for _name, _reason in {
+    "ssl.SSLSocket": "its TLS state lives in this process: send the plain socket before it is wrapped, or proxy it",
+    "gzip.GzipFile": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
+    "bz2.BZ2File": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
+    "lzma.LZMAFile": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
+    "_io.BufferedRWPair": "it joins two streams: send the two",
+    "builtins.memoryview": "a view borrows its memory: send bytes(view), or the object it looks into",
+    "mmap.mmap": "a mapping is of this process: send the file and map it there",
+    "subprocess.Popen": "a process belongs to its parent: send its pipes (stdin, stdout, stderr)",
+}.items():
+    known_by_name[_name] = _refusal(_reason)
+    _refusals.add(known_by_name[_name])
