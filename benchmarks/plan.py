@@ -1,0 +1,94 @@
+"""The list of what is measured: every case, its peers and its target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from benchmarks.cases import arrays, descriptors, importing, small, waiting
+from benchmarks.model import Case, Target
+
+__all__ = ["CASES", "select"]
+
+KIB = 1024
+MIB = 1024 * KIB
+
+MP = "multiprocessing"
+
+ARRAY_PEERS = ("fdshare", MP, "send_bytes", "SharedMemory", "memcpy")
+
+CASES: tuple[Case, ...] = (
+    Case(
+        "roundtrip", "small message, round trip", "Small messages", small.run_round_trip,
+        ("fdshare", MP, "bare Python", "C"), MP, Target("share", 0.62),
+    ),
+    Case(
+        "oneway", "small message, one way", "Small messages", small.run_one_way,
+        ("fdshare", MP, "bare Python", "C"), MP, Target("faster", 2.2),
+    ),
+    Case(
+        "socket-1", "message with 1 socket", "Descriptors", partial(descriptors.run_sockets, count=1),
+        ("fdshare", MP, "bare Python", "C"), MP, Target("faster", 8),
+    ),
+    Case(
+        "socket-16", "message with 16 sockets", "Descriptors", partial(descriptors.run_sockets, count=16),
+        ("fdshare", MP, "bare Python", "C"), MP,
+    ),
+    Case(
+        "socket-253", "message with 253 sockets", "Descriptors", partial(descriptors.run_sockets, count=253),
+        ("fdshare", MP, "bare Python", "C"), MP,
+    ),
+    Case(
+        "handle", "message with 1 FdHandle (against a socket)", "Descriptors", descriptors.run_handle,
+        ("fdshare", MP, "DupFd", "send_handle", "C"), MP, Target("faster", 10),
+    ),
+    Case(
+        "many-5000", "5,000 FdHandles in one message", "Descriptors",
+        partial(descriptors.run_many, count=5000),
+        ("fdshare", MP, "fdshare (sockets)", "C"), MP, Target("micros", 3),
+    ),
+    Case("array-64KiB", "array of 64 KiB", "Arrays", partial(arrays.run_array, size=64 * KIB), ARRAY_PEERS, MP),
+    Case(
+        "array-1MiB", "array of 1 MiB", "Arrays", partial(arrays.run_array, size=MIB), ARRAY_PEERS, MP,
+        Target("faster", 2.5),
+    ),
+    Case("array-16MiB", "array of 16 MiB", "Arrays", partial(arrays.run_array, size=16 * MIB), ARRAY_PEERS, MP),
+    Case(
+        "array-128MiB", "array of 128 MiB", "Arrays", partial(arrays.run_array, size=128 * MIB), ARRAY_PEERS, MP,
+        Target("faster", 4.5),
+    ),
+    Case(
+        "array-512MiB", "array of 512 MiB", "Arrays", partial(arrays.run_array, size=512 * MIB), ARRAY_PEERS, MP,
+        heavy=True,
+    ),
+    *(
+        Case(
+            f"wait-{count}", f"wait, 1 of {count:,} channels ready", "Waiting", partial(waiting.run_wait, count=count),
+            ("fdshare", MP, "selectors"), MP,
+        )
+        for count in (10, 100, 1000, 10000)
+    ),
+    Case(
+        "import", "import (against multiprocessing, attrs)", "Import", importing.run_import,
+        ("fdshare", "multiprocessing + attrs"), "multiprocessing + attrs", Target("share", 1.3),
+    ),
+)  # fmt: skip
+
+
+def select(names: Iterable[str], *, quick: bool) -> list[Case]:
+    """Return the cases whose name contains one of ``names`` (all where there are none), without heavy ones if ``quick``.
+
+    Raises:
+        ValueError: a name matches nothing.
+    """
+    wanted = list(names)
+    for name in wanted:
+        if not any(name in case.name for case in CASES):
+            raise ValueError(
+                f"no benchmark is called {name!r}; there are: {', '.join(case.name for case in CASES)}"
+            )
+    return [
+        case
+        for case in CASES
+        if (not wanted or any(name in case.name for name in wanted)) and not (quick and case.heavy)
+    ]
