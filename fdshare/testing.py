@@ -30,14 +30,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 
 from fdshare.errors import DecodeError, NotSendableError, PeerClosedError
-from fdshare.handle import FdHandle
+from fdshare.handle import FdHandle, move
 from fdshare.leaks import Child, ChildError, LeakCheck, LeakError, check_processes, checked_child, leak_check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
     from fdshare.channel import Channel
 
 __all__ = [
+    "PLACES",
     "ChannelConformance",
     "Child",
     "ChildError",
@@ -164,7 +166,7 @@ def _send_numbered(end: Endpoint, count: int) -> None:
 
 def _answer(end: Endpoint, verb: str, arg: Any) -> None:
     if verb == "echo":
-        end.send(arg)
+        end.send(move(arg))
     elif verb == "numbers":  # handles came: which?
         end.send([read_number(handle) for handle in arg])
     elif verb == "make":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,7 @@ def test_child_returns_a_value(method: str) -> None:
         (_drops_handle, "ResourceWarning.*unclosed <FdHandle"),
     ],
 )
-def test_child_leak_is_reported_to_the_parent(method: str, target: object, what: str) -> None:
+def test_child_leak_is_reported_to_the_parent(method: str, target: Callable[[], None], what: str) -> None:
     with pytest.raises(LeakError, match=what):
         checked_child(target, method=method, grace=QUICK)
 

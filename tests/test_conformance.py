@@ -1,0 +1,537 @@
+"""The conformance suite over both transports, and what the suite cannot say of every channel: many processes on one end,
+forks and signals in the middle of traffic, and a gigabyte."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import signal
+import sys
+import threading
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import fdshare
+from fdshare import Channel, FdHandle, PeerClosedError
+from fdshare.testing import (
+    PLACES,
+    ChannelConformance,
+    Child,
+    checked_child,
+    numbered_handle,
+    pattern,
+    read_number,
+    room_for,
+)
+
+TRANSPORTS = ("seqpacket", "stream")
+METHODS = ("fork", "forkserver", "spawn")
+
+
+class TestSeqpacket(ChannelConformance):
+    """The suite over packets."""
+
+    def make_pair(self) -> tuple[Channel, Channel]:
+        return fdshare.Pipe(transport="seqpacket")
+
+
+class TestStream(ChannelConformance):
+    """The suite over frames."""
+
+    def make_pair(self) -> tuple[Channel, Channel]:
+        return fdshare.Pipe(transport="stream")
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def pair(transport: str) -> Iterator[tuple[Channel, Channel]]:
+    a, b = fdshare.Pipe(transport=transport)
+    with a, b:
+        yield a, b
+
+
+@contextlib.contextmanager
+def running(*targets: Callable[[], object], closing: tuple[Channel, ...] = ()) -> Iterator[None]:
+    """Run functions in threads beside the block, and raise what failed first, in the block or in a thread.
+
+    Then the channels in ``closing`` are closed at once, so that nobody waits for one that has failed.
+    """
+    errors: list[BaseException] = []
+
+    def note(error: BaseException) -> None:
+        errors.append(error)
+        for channel in closing:
+            channel.close()
+
+    def guarded(target: Callable[[], object]) -> None:
+        try:
+            target()
+        except BaseException as error:  # noqa: BLE001 -- raised below
+            note(error)
+
+    threads = [threading.Thread(target=guarded, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 -- raised below
+        note(error)
+    for thread in threads:
+        thread.join(40)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
+
+
+# every kind of message, each of which says which one it is
+
+KINDS = ("small", "empty", "inline", "large", "one_fd", "many_fds", "bundle", "large_and_fds")
+
+
+def compose(number: int, kind: str) -> tuple[Any, list[FdHandle]]:
+    """Return message ``number`` of a kind, and the handles in it, which stay the caller's."""
+    count = {"one_fd": 1, "many_fds": 20, "bundle": 300, "large_and_fds": 3}.get(kind, 0)
+    size = {"small": 10, "inline": 50_000, "large": 200_000, "large_and_fds": 100_000}.get(kind, 0)
+    handles = [numbered_handle(number + i) for i in range(count)]
+    return (number, kind, pattern(size, number % 251), handles), handles
+
+
+def verify(message: Any) -> int:
+    """Check a message of :func:`compose`, close its handles, return its number."""
+    number, kind, content, handles = message
+    assert len(content) == {"small": 10, "inline": 50_000, "large": 200_000, "large_and_fds": 100_000}.get(
+        kind, 0
+    )
+    assert content == pattern(len(content), number % 251)
+    assert len(handles) == {"one_fd": 1, "many_fds": 20, "bundle": 300, "large_and_fds": 3}.get(kind, 0)
+    assert [read_number(handle) for handle in handles] == list(range(number, number + len(handles)))
+    return int(number)
+
+
+def send_all(channel: Channel, numbers: range, kinds: tuple[str, ...] = KINDS) -> None:
+    """Send one message for each number, of each kind in turn."""
+    for number in numbers:
+        message, handles = compose(number, kinds[number % len(kinds)])
+        try:
+            channel.send(message, timeout=30)
+        finally:
+            for handle in handles:
+                handle.close()
+
+
+def receive_all(channel: Channel, numbers: range) -> None:
+    """Receive exactly these messages, in this order."""
+    assert [verify(channel.recv(timeout=30)) for _ in numbers] == list(numbers)
+
+
+@pytest.mark.parametrize("kinds", [*[(kind,) for kind in KINDS], KINDS], ids=[*KINDS, "mixed"])
+def test_messages_queued_before_anybody_reads(pair: tuple[Channel, Channel], kinds: tuple[str, ...]) -> None:
+    """On a stream, bytes and descriptors of several messages coalesce in the kernel."""
+    a, b = pair
+    count = 3 if kinds == ("inline",) else len(KINDS)
+    send_all(a, range(count), kinds)
+    receive_all(b, range(count))
+
+
+def test_traffic_in_both_directions(pair: tuple[Channel, Channel]) -> None:
+    a, b = pair
+    everything = range(200)
+    with running(
+        lambda: send_all(a, everything),
+        lambda: send_all(b, everything),
+        lambda: receive_all(a, everything),
+        lambda: receive_all(b, everything),
+        closing=pair,
+    ):
+        pass
+
+
+def test_large_messages_in_both_directions(pair: tuple[Channel, Channel]) -> None:
+    """Each more than in-flight bound allows to queue: both sides wait for each other's reader, and both go on."""
+    a, b = pair
+    a.max_inflight = b.max_inflight = 5 << 20
+    content = pattern(3 << 20)
+
+    def send(channel: Channel) -> None:
+        for i in range(10):
+            channel.send((i, content), timeout=30)
+
+    def receive(channel: Channel) -> None:
+        for i in range(10):
+            number, received = channel.recv(timeout=30)
+            assert (number, zlib.crc32(received)) == (i, zlib.crc32(content))
+
+    with running(lambda: send(a), lambda: send(b), lambda: receive(a), lambda: receive(b), closing=pair):
+        pass
+
+
+def test_threads_receiving_on_one_end(pair: tuple[Channel, Channel]) -> None:
+    """Each message goes to exactly one of them, whole."""
+    a, b = pair
+    seen: list[int] = []
+
+    def receive() -> None:
+        while (message := b.recv(timeout=30)) is not None:
+            seen.append(verify(message))
+
+    with running(*[receive] * 4, closing=pair):
+        send_all(a, range(200))
+        for _ in range(4):
+            a.send(None)
+    assert sorted(seen) == list(range(200))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("place", PLACES)
+def test_one_gibibyte(transport: str, place: str) -> None:
+    suite = TestSeqpacket() if transport == "seqpacket" else TestStream()
+    content = pattern(1 << 30)
+    with suite.served(place) as near:
+        near.send(("digest", content), timeout=120)
+        assert near.recv(timeout=120) == ("bytes", 1 << 30, zlib.crc32(content))
+        near.send(("echo", bytearray(content)), timeout=120)
+        received = near.recv(timeout=120)
+        assert received == content
+        received[0] ^= 0xFF
+        assert received != content
+
+
+# several processes on one end
+
+
+def _receive_until_none(channel: Channel) -> list[int]:
+    with channel:
+        numbers = []
+        while (message := channel.recv(timeout=40)) is not None:
+            numbers.append(verify(message))
+        return numbers
+
+
+def _send_some(channel: Channel, numbers: range, kinds: tuple[str, ...]) -> None:
+    with channel:
+        send_all(channel, numbers, kinds)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_receiving_on_one_end(method: str) -> None:
+    """Each message goes to exactly one of them, whole, with its descriptors."""
+    a, b = fdshare.Pipe(transport="seqpacket")
+    with a, contextlib.ExitStack() as stack:
+        with b:
+            children = [
+                stack.enter_context(Child(_receive_until_none, b, method=method, unwanted=(a,)))
+                for _ in range(3)
+            ]
+        send_all(a, range(300))
+        for _ in children:
+            a.send(None, timeout=30)
+        received = [child.result(40) for child in children]
+    assert sorted(itertools.chain(*received)) == list(range(300))
+    for numbers in received:
+        assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_sending_on_one_end(method: str) -> None:
+    """Packets never mix, and each sender's stay in order."""
+    a, b = fdshare.Pipe(transport="seqpacket")
+    with a, contextlib.ExitStack() as stack:
+        with b:
+            for n in range(3):
+                numbers = range(1000 * n, 1000 * n + 100)
+                stack.enter_context(Child(_send_some, b, numbers, KINDS, method=method, unwanted=(a,)))
+        received = [verify(a.recv(timeout=40)) for _ in range(300)]
+        with pytest.raises(PeerClosedError):
+            a.recv(timeout=40)
+        for n in range(3):
+            assert [number for number in received if number // 1000 == n] == list(
+                range(1000 * n, 1000 * n + 100)
+            )
+
+
+# fork in the middle of traffic
+
+
+def _close_all(*channels: Channel) -> None:
+    for channel in channels:
+        channel.close()
+
+
+def test_fork_in_the_middle_of_traffic(pair: tuple[Channel, Channel]) -> None:
+    """A child that has inherited both ends, with whatever was half done in them, closes them: nobody else notices."""
+    a, b = pair
+    numbers = range(400)
+    with running(lambda: send_all(a, numbers), lambda: receive_all(b, numbers), closing=pair):
+        for _ in range(15):
+            checked_child(_close_all, a, b, method="fork")
+
+
+def test_fork_while_a_frame_is_half_sent(pair: tuple[Channel, Channel]) -> None:
+    """The sender is stuck in the middle of a message when the child closes its copy of the channel."""
+    a, b = pair
+    numbers = range(40)
+    # Nobody reads yet: the send buffer is full, and the sender waits inside a message.
+    with running(lambda: send_all(a, numbers, ("inline",)), closing=pair):
+        while fill_level(a) < 100_000:
+            pass
+        for _ in range(3):
+            checked_child(_close_all, a, b, method="fork")
+        receive_all(b, numbers)
+
+
+def fill_level(channel: Channel) -> int:
+    """How many bytes the kernel holds that were sent and not read."""
+    import fcntl
+    import struct
+    import termios
+
+    return int(struct.unpack("i", fcntl.ioctl(channel.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def _send_from_child(channel: Channel, number: int) -> None:
+    send_all(channel, range(number, number + 8))
+    channel.close()
+
+
+def test_forked_child_sends_while_the_parent_does() -> None:
+    """Whatever lock a thread of the parent held at the fork, the child's copy is free."""
+    a, b = fdshare.Pipe(transport="seqpacket")
+    received: list[int] = []
+
+    def receive() -> None:
+        while (message := b.recv(timeout=30)) is not None:
+            received.append(verify(message))
+
+    with a, b, running(receive, closing=(a, b)):
+        with running(lambda: send_all(a, range(400))):
+            for i in range(10):
+                checked_child(_send_from_child, a, 1000 * (i + 1), method="fork", timeout=20)
+        a.send(None)
+    assert [number for number in received if number < 1000] == list(range(400))
+    assert Counter(number // 1000 for number in received if number >= 1000) == dict.fromkeys(range(1, 11), 8)
+
+
+# signals
+
+
+class Interrupter:
+    """Interrupts calls of the main thread at random moments, by an interval timer.
+
+    It is armed only inside :meth:`__call__`, so nothing but the call under test is struck.
+    """
+
+    def __init__(self, longest: float, seed: int) -> None:
+        self.hits = 0
+        self._armed = False
+        self._longest = longest
+        self._random = random.Random(seed)
+        signal.signal(signal.SIGALRM, self._strike)
+
+    def _strike(self, *args: object) -> None:
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        """Call, and return the result, or None where it was interrupted."""
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, self._random.uniform(1e-6, self._longest))
+                self._armed = True
+                return function()
+            finally:
+                self._armed = False
+        except KeyboardInterrupt:
+            self.hits += 1
+            return None
+
+    def stop(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+# one kind of each way through the code, weighted to what takes microseconds
+INTERRUPTED_KINDS = (
+    "small",
+    "one_fd",
+    "one_fd",
+    "large_and_fds",
+    "many_fds",
+    "one_fd",
+    "inline",
+    "small",
+    "one_fd",
+    "bundle",
+)
+
+
+def expect_drops() -> None:
+    """An interrupt on the way out of a call drops what it was returning, and one in a ``__del__`` is only printed."""
+    warnings.simplefilter("ignore", ResourceWarning)
+    sys.unraisablehook = lambda unraisable: None
+
+
+def _interrupted_receiver(transport: str, count: int, seed: int) -> int:
+    warnings.simplefilter(
+        "ignore", ResourceWarning
+    )  # an interrupt on the way out of recv drops a whole message
+    a, b = fdshare.Pipe(transport=transport)
+    interrupt = Interrupter(400e-6, seed)
+    last, received = -1, 0
+
+    def send() -> None:
+        send_all(a, range(count), INTERRUPTED_KINDS)
+        a.send("end")
+
+    with a, b, running(send, closing=(a, b)):
+        while True:
+            message = interrupt(lambda: b.recv(timeout=20))
+            if message == "end":
+                break
+            if message is not None:
+                number = verify(message)
+                assert number > last, "out of order, or twice"
+                last = number
+                received += 1
+            del message
+        interrupt.stop()
+    assert received >= count - interrupt.hits, (
+        f"{count - received} messages lost by {interrupt.hits} interrupts"
+    )
+    return interrupt.hits
+
+
+def _interrupted_sender(transport: str, count: int, seed: int) -> int:
+    expect_drops()
+    a, b = fdshare.Pipe(transport=transport)
+    interrupt = Interrupter(400e-6, seed)
+    received: list[int] = []
+
+    def receive() -> None:
+        while (message := b.recv(timeout=20)) != "end":
+            received.append(verify(message))
+
+    def say_end() -> None:  # in a thread: a lock that an interrupt left behind is the main thread's
+        a.send("end", timeout=20)
+
+    certain = []
+    with a, b, running(receive, closing=(a, b)):
+        for number in range(count):
+            message, handles = compose(number, INTERRUPTED_KINDS[number % len(INTERRUPTED_KINDS)])
+            if interrupt(lambda message=message: [a.send(message, timeout=20)]):  # type: ignore[misc]
+                certain.append(number)
+            for handle in handles:
+                handle.close()
+        interrupt.stop()
+        with running(say_end, closing=(a, b)):
+            pass
+    assert received == sorted(set(received)), "out of order, or twice"
+    assert set(certain) <= set(received), "what was sent did not arrive"
+    return interrupt.hits
+
+
+@pytest.mark.parametrize("side", [_interrupted_receiver, _interrupted_sender], ids=["receiver", "sender"])
+def test_keyboard_interrupt_at_random_moments(transport: str, side: Callable[[str, int, int], int]) -> None:
+    """The channel stays in step, and no descriptor is left over (the child's own leak check)."""
+    hits = checked_child(side, transport, 3000, 1, timeout=55)
+    assert hits >= 200, f"only {hits} calls were interrupted"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("side", [_interrupted_receiver, _interrupted_sender], ids=["receiver", "sender"])
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_keyboard_interrupt_for_long(transport: str, side: Callable[[str, int, int], int], seed: int) -> None:
+    assert checked_child(side, transport, 30_000, seed, timeout=300) >= 2000
+
+
+def _traffic_under_signals(transport: str) -> int:
+    """Both directions through one end, in the main thread, with a handler that returns: calls are restarted."""
+    count = 0
+
+    def handler(*args: object) -> None:
+        nonlocal count
+        count += 1
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0005)
+    a, b = fdshare.Pipe(transport=transport)
+
+    def echo() -> None:
+        for message in b:
+            b.send(fdshare.move(message))
+
+    with b, running(echo), a:
+        for number in range(500):
+            message, handles = compose(number, INTERRUPTED_KINDS[number % len(INTERRUPTED_KINDS)])
+            a.send(message)
+            for handle in handles:
+                handle.close()
+            assert verify(a.recv()) == number
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return count
+
+
+def test_signals_that_are_handled(transport: str) -> None:
+    """EINTR: the calls are taken up again, with and without a timeout."""
+    assert checked_child(_traffic_under_signals, transport) >= 100
+
+
+def _timeout_under_signals(transport: str) -> float:
+    import time
+
+    signal.signal(signal.SIGALRM, lambda *args: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    a, b = fdshare.Pipe(transport=transport)
+    with a, b:
+        begin = time.monotonic()
+        with pytest.raises(TimeoutError):
+            a.recv(timeout=0.3)
+        took = time.monotonic() - begin
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return took
+
+
+def test_signals_do_not_stretch_a_timeout(transport: str) -> None:
+    assert 0.3 <= checked_child(_timeout_under_signals, transport) < 5
+
+
+# processes given a channel
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_ends_in_other_processes(transport: str, method: str) -> None:
+    a, b = fdshare.Pipe(transport=transport)
+    with contextlib.ExitStack() as stack:
+        with a, b:
+            sender = stack.enter_context(
+                Child(_send_some, a, range(100), KINDS, method=method, unwanted=(b,))
+            )
+            receiver = stack.enter_context(Child(receive_all, b, range(100), method=method, unwanted=(a,)))
+        sender.result()
+        receiver.result()
+
+
+def test_bundle_of_all_kinds_needs_room_once(pair: tuple[Channel, Channel]) -> None:
+    """A message with 5,000 descriptors beside ordinary ones: order is kept."""
+    a, b = pair
+    with room_for(16_000):
+        handles = [numbered_handle(i) for i in range(5000)]
+        with running(lambda: [a.send("before"), a.send(handles), a.send("after")], closing=pair):
+            assert b.recv(timeout=30) == "before"
+            received = b.recv(timeout=30)
+            assert b.recv(timeout=30) == "after"
+        for handle in handles:
+            handle.close()
+        assert [read_number(handle) for handle in received] == list(range(5000))
