@@ -53,9 +53,12 @@ _KIND_BY_FORMAT = {
 }
 
 
+_FORMAT_MASK = stat.S_IFMT(-1 & 0xFFFF)
+
+
 def format_of(fd: int) -> int:
     """Return the file format bits (``S_IFMT``) that ``fstat`` tells of ``fd``; 0 for anonymous inodes."""
-    return stat.S_IFMT(os.fstat(fd).st_mode)
+    return os.fstat(fd).st_mode & _FORMAT_MASK
 
 
 def kind_of(fd: int) -> str:
@@ -106,7 +109,7 @@ def _no_fileno() -> None:
 def _checked(fd: int) -> int:
     if type(fd) is int and fd >= 0:
         return fd
-    if isinstance(fd, int) and not isinstance(fd, bool):
+    if isinstance(fd, int) and type(fd) is not bool:
         raise ValueError(f"invalid descriptor {fd}")
     raise TypeError(f"FdHandle takes a descriptor number, not {type(fd).__name__} (FdHandle.dup takes files too)")
 
@@ -128,16 +131,17 @@ class FdHandle:
     # by the handle or by the caller, never by both (transport.py relies on it).
     _fd: int = attrs.field(converter=_checked, alias="fd")
     _kind: str | None = attrs.field(default=None, init=False)
+    _format: int = attrs.field(default=-1, init=False)
 
     @classmethod
-    def dup(cls, file: HasFileno | int) -> FdHandle:
-        """Duplicate a descriptor: the new handle owns the copy (close-on-exec), ``file`` keeps its own.
+    def dup(cls, file_or_fd: HasFileno | int) -> FdHandle:
+        """Duplicate a descriptor: the new handle owns the copy (close-on-exec), ``file_or_fd`` keeps its own.
 
         Raises:
             OSError: not open (EBADF), or the descriptor limit is reached (EMFILE).
-            TypeError: ``file`` has no descriptor.
+            TypeError: ``file_or_fd`` has no descriptor.
         """
-        return cls(os.dup(as_fd(file)))
+        return cls(os.dup(as_fd(file_or_fd)))
 
     def fileno(self) -> int:
         """Borrow the descriptor: its number, still owned by the handle.
@@ -180,6 +184,30 @@ class FdHandle:
         if self._kind is None:
             self._kind = kind_of(self.fileno())
         return self._kind
+
+    @property
+    def format(self) -> int:
+        """The file format bits of the descriptor (``S_IFMT``), 0 for anonymous inodes; remembered.
+
+        Raises:
+            ClosedError: the handle was closed or consumed.
+        """
+        if self._format < 0:
+            self._format = format_of(self.fileno())
+        return self._format
+
+    def verify(self, expected: int) -> None:
+        """Check that the descriptor has the file format that its sender declared.
+
+        Raises:
+            DecodeError: it is something else: the sender is wrong or lies.
+        """
+        self._format = actual = format_of(self.fileno())
+        if actual != expected:
+            raise DecodeError(
+                f"a descriptor was declared as {_KIND_BY_FORMAT.get(expected, 'anonymous')!r} "
+                f"and arrived as {_KIND_BY_FORMAT.get(actual, 'anonymous')!r}"
+            )
 
     def to_file(self, mode: str = "rb", **open_kwargs: Any) -> io.IOBase:
         """Consume the handle into a file object, as ``open(fd, mode, **open_kwargs)`` would make it.
@@ -275,20 +303,6 @@ def adopt_inherited(token: Any) -> FdHandle:
     handle = FdHandle(token.detach())
     os.set_inheritable(handle.fileno(), False)
     return handle
-
-
-def verify_format(fd: int, expected: int) -> None:
-    """Check that ``fd`` has the file format that its sender declared.
-
-    Raises:
-        DecodeError: it is something else: the sender is wrong or lies.
-    """
-    actual = format_of(fd)
-    if actual != expected:
-        raise DecodeError(
-            f"a descriptor was declared as {_KIND_BY_FORMAT.get(expected, 'anonymous')!r} "
-            f"and arrived as {_KIND_BY_FORMAT.get(actual, 'anonymous')!r}"
-        )
 
 
 class Moved:

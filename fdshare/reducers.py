@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fdshare.errors import DecodeError, NotSendableError
-from fdshare.handle import FdHandle, Moved, format_of, verify_format
+from fdshare.handle import FdHandle, Moved, format_of
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -65,7 +65,7 @@ class Unpacking:
 
     def __init__(self, handles: list[FdHandle]) -> None:
         self.handles = handles
-        self.numbers = [handle.fileno() for handle in handles]
+        self.numbers = [handle._fd for handle in handles]  # noqa: SLF001 -- thousands of them
         self.given = [False] * len(handles)
         self.built: list[Any] = []
 
@@ -98,12 +98,13 @@ def take(index: int, expected_format: int) -> FdHandle:
     if not 0 <= index < len(message.numbers):
         raise DecodeError(f"descriptor {index} of a message that has {len(message.numbers)}")
     number = message.numbers[index]
-    verify_format(number, expected_format)
-    if not message.given[index]:
+    if message.given[index]:
+        handle = FdHandle.dup(number)
+        message.built.append(handle)
+    else:
         message.given[index] = True
-        return message.handles[index]
-    handle = FdHandle.dup(number)
-    message.built.append(handle)
+        handle = message.handles[index]
+    handle.verify(expected_format)
     return handle
 
 
@@ -210,7 +211,7 @@ def reduce_handle(handle: FdHandle, context: Context) -> Reduced:
         raise Refused(handle, "it is closed or was consumed")
     if context.moving:
         context.consume(handle.close)
-    return take, lend(handle, context, handle.fileno())
+    return take, (context.lend(handle.fileno(), handle), handle.format)
 
 
 class Mark:
