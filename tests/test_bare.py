@@ -11,43 +11,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 from c_programs import TIMEOUT, CPrograms, compiled_programs
+from unix_sockets import Pair, connected_pair, socket_kind, type_of
 
 from fdshare import FdHandle, recv_fds, send_fds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["compiled_programs"]  # a fixture is found by its name in the module
-
-Pair = tuple[socket.socket, socket.socket]
+__all__ = [
+    "compiled_programs",
+    "connected_pair",
+    "socket_kind",
+]  # fixtures are found by their names in the module
 
 TEXT = "one\ntwo\nthree\n"
 CREDENTIALS = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
-
-
-@pytest.fixture(params=["stream", "seqpacket"])
-def kind(request: pytest.FixtureRequest) -> str:
-    """A socket type, as the C programs name it."""
-    name = str(request.param)
-    try:
-        with socket.socket(socket.AF_UNIX, type_of(name)):
-            pass
-    except OSError as error:
-        pytest.skip(f"no AF_UNIX {name} sockets here: {error}")
-    return name
-
-
-def type_of(kind: str) -> int:
-    return {"stream": socket.SOCK_STREAM, "seqpacket": socket.SOCK_SEQPACKET}[kind]
-
-
-@pytest.fixture
-def pair(kind: str) -> Iterator[Pair]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, type_of(kind))
-    ours.settimeout(TIMEOUT)
-    with ours, theirs:
-        yield ours, theirs
 
 
 @pytest.fixture
