@@ -1,10 +1,10 @@
 """Messages that carry descriptors: sockets and single handles, and 5,000 at once.
 
 A message with N open TCP sockets (or one plain descriptor) goes there; the receiver rebuilds the objects, checks how
-many they are, closes them, and answers with a small message.  At 5,000 the receiver answers before it closes, and the closing
-is timed by itself.  ``multiprocessing`` sends a socket by its own reduction (a thread in the sender to which the receiver
-connects back).  It has nothing like a handle that is simply sent: against one ``FdHandle`` stands its message with one socket, and
-beside it what its internals offer for a plain descriptor, ``reduction.DupFd`` and ``send_handle``/``recv_handle``.
+many they are, closes them, and answers with a small message.  At 5,000 the receiver answers before it closes, and the
+closing is timed by itself.  ``multiprocessing`` sends a socket by its own reduction (a thread in the sender to which the
+receiver connects back).  It has nothing like a handle that is simply sent: against one ``FdHandle`` stands its message with
+one socket, and beside it what its internals offer for a plain descriptor, ``DupFd`` and ``send_handle``/``recv_handle``.
 """
 
 from __future__ import annotations
