@@ -1,8 +1,9 @@
 """Files, pipes, sockets and memory travel between processes inside structured messages."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING, Any
 
-from fdshare.channel import Channel, ChannelSet, Pipe, wait
+from fdshare.channel import Channel, Pipe
+from fdshare.credentials import PeerCredentials
 from fdshare.errors import (
     AccessDeniedError,
     ClosedError,
@@ -20,9 +21,30 @@ from fdshare.errors import (
 )
 from fdshare.handle import FdHandle, move
 from fdshare.reducers import register
-from fdshare.transport import PeerCredentials, recv_fds, send_fds
+from fdshare.rights import recv_fds, send_fds
+from fdshare.waiting import ChannelSet, wait
+
+if TYPE_CHECKING:
+    from fdshare.pool.errors import WorkerDiedError
 
 __version__ = "0.1.0"
+
+_LAZY = {"WorkerDiedError": "fdshare.pool.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what takes long to import when it is first used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
 
 __all__ = [
     "AccessDeniedError",
@@ -43,6 +65,7 @@ __all__ = [
     "Pipe",
     "ProtocolError",
     "TaskTimeoutError",
+    "WorkerDiedError",
     "move",
     "recv_fds",
     "register",

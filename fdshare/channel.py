@@ -14,31 +14,29 @@ import itertools
 import os
 import pickle
 import select
-import selectors
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator
-from itertools import starmap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fdshare import memory, reducers, wire
-from fdshare import transport as transports
+from fdshare import memory, reducers, rights, wire
 from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, undecodable
-from fdshare.errors import ClosedError, DecodeError, PeerClosedError, ProtocolError
-from fdshare.handle import FdHandle, HasFileno, as_fd, inheritable
-from fdshare.transport import PeerCredentials
+from fdshare.credentials import PeerCredentials, peer_credentials
+from fdshare.errors import PeerClosedError, ProtocolError
+from fdshare.handle import FdHandle, Handles, inheritable, own, to_socket
+from fdshare.transport import DEFAULT_MAX_INFLIGHT, other_threads
+from fdshare.transports import socketpair, transport_of
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Channel", "ChannelSet", "Pipe", "wait"]
+__all__ = ["Channel", "Pipe"]
 
 _PICKLE = PickleCodec()
 _PICKLE_MARK = wire.PICKLE_MARK
-_RECEIVE = transports.RECEIVE
-_SEND_NOW = transports.SEND_NOW
-_other_threads = transports.other_threads
+_loads = pickle.loads
+_SEND_NOW = rights.SEND_NOW
 _nonces = itertools.count(1)
 
 
@@ -49,9 +47,9 @@ def _nonce() -> int:
 class Channel:
     """One end of a connection for objects; a drop-in for ``multiprocessing.connection.Connection``.
 
-    Made by :func:`Pipe`, or around a connected AF_UNIX socket, which it takes over.  Usable by several threads at once; one end may be
-    shared by several processes where the transport is "seqpacket".  Channels travel in messages and as arguments
-    of ``multiprocessing.Process``.
+    Made by :func:`Pipe`, or around a connected AF_UNIX socket, which it takes over.  Usable by several threads at
+    once; one end may be shared by several processes where the transport is "seqpacket".
+    Channels travel in messages and as arguments of ``multiprocessing.Process``.
 
     Args:
         sock: a connected AF_UNIX socket, SOCK_SEQPACKET or SOCK_STREAM; it belongs to the channel now.
@@ -70,22 +68,21 @@ class Channel:
         readable: bool = True,
         writable: bool = True,
         codec: Codec | None = None,
-        max_inflight: int = transports.DEFAULT_MAX_INFLIGHT,
+        max_inflight: int = DEFAULT_MAX_INFLIGHT,
     ) -> None:
         if not (readable or writable):
             raise ValueError("a channel is readable, writable or both")
         if sock.gettimeout() is not None:
             sock.settimeout(None)
-        self._transport = transport = transports.transport_of(sock, max_inflight)
+        self._transport = transport = transport_of(sock, max_inflight)
         self._readable = readable
         self._writable = writable
         self._codec: Codec = codec or _PICKLE
         self._encode = self._codec.encode
-        self._pending = transport.pending
-        # Bare pickles only, and only where the kernel keeps packets apart.
-        self._fast = codec is None and transport.name == "seqpacket"
-        self._send_bytes_now = sock.send
-        self._recvmsg = sock.recvmsg
+        # The fast paths: bare pickles, where the kernel keeps packets apart.
+        self._bare = codec is None and transport.name == "seqpacket"
+        self._receives_bare = self._bare and readable
+        self._send_bare = sock.send if self._bare and writable else None
 
     # --- messages -------------------------------------------------------------------------------------------------------
 
@@ -106,9 +103,9 @@ class Channel:
             FdLimitError, NoSpaceError, MessageTooLargeError, AccessDeniedError: nothing was sent.
         """
         message = self._encode(obj)
-        if type(message) is bytes and self._fast and self._writable:
+        if type(message) is bytes and self._send_bare is not None:
             try:
-                self._send_bytes_now(message, _SEND_NOW)
+                self._send_bare(message, _SEND_NOW)
                 return
             except OSError:
                 pass  # full, closed, gone: the slow path tells
@@ -129,21 +126,27 @@ class Channel:
             DescriptorsLostError: some of its descriptors were dropped on the way.
             ProtocolError: the peer does not speak the protocol; the channel is closed now.
         """
-        if timeout is None and self._fast and self._readable and not _other_threads():
-            pending = self._pending
-            if not pending:
+        if timeout is None and self._receives_bare and not other_threads():
+            transport = self._transport
+            if not transport.arrived:
                 try:
-                    pending.extend(starmap(self._recvmsg, _RECEIVE))
+                    for transport.arrived in transport.arrivals:  # noqa: B020 -- an attribute as target
+                        break
                 except OSError:
                     return self._recv_slowly(None, wire.MESSAGE)
-            data, ancillary, _, _ = pending[0]
+            data, ancillary, _, _ = transport.arrived
             if data and not ancillary and data[0] == _PICKLE_MARK:
                 try:
-                    obj = pickle.loads(data)
+                    obj = _loads(data)
                 except Exception as error:
-                    del pending[0]
+                    transport.arrived = None
                     raise undecodable(error) from error
-                del pending[0]  # no interrupt can come between this and the caller
+                except KeyboardInterrupt:
+                    raise  # and the message stays for the next call
+                except BaseException:
+                    transport.arrived = None
+                    raise
+                transport.arrived = None  # no interrupt can come between this and the caller
                 return obj
         return self._recv_slowly(timeout, wire.MESSAGE)
 
@@ -156,7 +159,9 @@ class Channel:
                 return
             yield obj
 
-    def send_bytes(self, buf: Any, offset: int = 0, size: int | None = None, *, timeout: float | None = None) -> None:
+    def send_bytes(
+        self, buf: Any, offset: int = 0, size: int | None = None, *, timeout: float | None = None
+    ) -> None:
         """Send bytes as one message, for ``recv_bytes``.
 
         Args:
@@ -243,7 +248,7 @@ class Channel:
         """
         self._check(self._readable, "write-only")
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._transport.pending:
+        while self._transport.arrived is None:
             if not self._transport.wait(select.POLLIN, deadline):
                 return False
             if self._transport.has_message():
@@ -267,7 +272,9 @@ class Channel:
             except OSError as error:
                 if error.errno != errno.EMSGSIZE:
                     raise
-                self._send_outgoing(outgoing, type, deadline, 0)  # a small send buffer: all of it into a segment
+                self._send_outgoing(
+                    outgoing, type, deadline, 0
+                )  # a small send buffer: all of it into a segment
         except BaseException:
             outgoing.failed()
             raise
@@ -279,7 +286,7 @@ class Channel:
             payload = [wire.pack_table(out.buffers), *payload]
         size = sum(map(len, payload))
         if size <= max_inline and not out.buffers:
-            if self._fast and not fds and type == wire.MESSAGE:
+            if self._bare and not fds and type == wire.MESSAGE:
                 self._transport.send(b"", payload, (), deadline)
             else:
                 header = wire.pack(type, flags, len(fds), 0, size, 0, _nonce() if fds else 0)
@@ -305,47 +312,39 @@ class Channel:
         if len(fds) <= wire.MAX_FDS_PER_PACKET:
             self._transport.send(header, payload, fds, deadline)
             return
-        with transports.make_bundle(fds) as bundle:
+        with rights.make_bundle(fds) as bundle:
             self._transport.send(wire.with_flag(header, wire.BUNDLE), payload, [bundle.fileno()], deadline)
 
     def _recv_slowly(self, timeout: float | None, type: int) -> Any:
         self._check(self._readable, "write-only")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            header, payload, handles = self._transport.receive(deadline)
-            if header is None:
-                message, arrived_type = Incoming(payload), wire.MESSAGE
-            else:
-                message, arrived_type = self._open_packet(header, payload, handles), header.type
+            message = self._open_packet(*self._transport.receive(deadline))
         except ProtocolError:
             self.close()
             raise
         if type == wire.BYTES:
             message.close()
             return message.payload
-        if arrived_type == wire.BYTES:
-            # As a Connection does: whatever bytes come are a pickle.
-            pass
         return self._codec.decode(message)
 
-    def _open_packet(self, header: wire.Header, payload: Any, handles: list[FdHandle]) -> Incoming:
+    def _open_packet(self, header: wire.Header | None, payload: Any, handles: Handles) -> Incoming:
         """Put a packet and its segment together; close its descriptors where that fails."""
+        if header is None or not header.flags & wire.SEGMENT:
+            return Incoming(payload, handles)
         try:
-            if not header.flags & wire.SEGMENT:
-                return Incoming(payload, handles)
-            segment = handles.pop()
-            memory_view = memory.map_segment(segment, header.segment_size, sealed=not header.flags & wire.FILE)
+            view = memory.map_segment(handles[-1], header.segment_size, sealed=not header.flags & wire.FILE)
+            del handles[-1]
             if header.flags & wire.IN_SEGMENT:
-                payload = memory_view[: header.payload_size]
+                payload = view[: header.payload_size]
             buffers = [
-                memory_view[offset : offset + size].toreadonly() if readonly else memory_view[offset : offset + size]
+                view[offset : offset + size].toreadonly() if readonly else view[offset : offset + size]
                 for offset, size, readonly in wire.unpack_table(header, payload)
             ]
-            return Incoming(payload[8 * header.buffers :], handles, buffers)
         except BaseException:
-            for handle in handles:
-                handle.close()
+            handles.close()
             raise
+        return Incoming(payload[8 * header.buffers :], handles, buffers)
 
     # --- the descriptor ---------------------------------------------------------------------------------------------------
 
@@ -400,7 +399,7 @@ class Channel:
             OSError: the system does not tell.
         """
         self._transport.check_open()
-        return transports.peer_credentials(self._transport.sock)
+        return peer_credentials(self._transport.sock)
 
     def __enter__(self) -> Channel:
         return self
@@ -432,12 +431,18 @@ def reduce_channel(channel: Channel, context: reducers.Context) -> reducers.Redu
     return rebuild_channel, (context.lend(channel.fileno(), channel), *_options(channel))
 
 
-def rebuild_channel(index: int, readable: bool, writable: bool, codec: Codec | None, max_inflight: int) -> Channel:
-    return reducers.built(_channel_of(reducers.take(index, stat.S_IFSOCK), readable, writable, codec, max_inflight))
+def rebuild_channel(
+    index: int, readable: bool, writable: bool, codec: Codec | None, max_inflight: int
+) -> Channel:
+    return reducers.built(
+        _channel_of(reducers.take(index, stat.S_IFSOCK), readable, writable, codec, max_inflight)
+    )
 
 
-def _adopt_inherited(token: Any, readable: bool, writable: bool, codec: Codec | None, max_inflight: int) -> Channel:
-    handle = FdHandle(token.detach())
+def _adopt_inherited(
+    token: Any, readable: bool, writable: bool, codec: Codec | None, max_inflight: int
+) -> Channel:
+    handle = own(token.detach)
     os.set_inheritable(handle.fileno(), False)
     return _channel_of(handle, readable, writable, codec, max_inflight)
 
@@ -445,10 +450,12 @@ def _adopt_inherited(token: Any, readable: bool, writable: bool, codec: Codec | 
 def _channel_of(
     handle: FdHandle, readable: bool, writable: bool, codec: Codec | None, max_inflight: int
 ) -> Channel:
-    with handle, handle.to_socket() as sock:
-        transports.transport_of(sock)
-        owned = socket.socket(fileno=sock.detach())
-    return Channel(owned, readable=readable, writable=writable, codec=codec, max_inflight=max_inflight)
+    sock = to_socket(handle)
+    try:
+        return Channel(sock, readable=readable, writable=writable, codec=codec, max_inflight=max_inflight)
+    except BaseException:
+        sock.close()
+        raise
 
 
 reducers.known[Channel] = reduce_channel
@@ -474,7 +481,7 @@ def Pipe(  # noqa: N802 -- the name of multiprocessing's
     *,
     transport: str | None = None,
     codec: Codec | None = None,
-    max_inflight: int = transports.DEFAULT_MAX_INFLIGHT,
+    max_inflight: int = DEFAULT_MAX_INFLIGHT,
 ) -> tuple[Channel, Channel]:
     """Return the two ends of a new connection.
 
@@ -488,112 +495,8 @@ def Pipe(  # noqa: N802 -- the name of multiprocessing's
         ValueError: unknown transport.
         OSError: no descriptors left, or the system lacks the transport.
     """
-    first, second = transports.socketpair(transport)
+    first, second = socketpair(transport)
     return (
         Channel(first, writable=duplex, codec=codec, max_inflight=max_inflight),
         Channel(second, readable=duplex, codec=codec, max_inflight=max_inflight),
     )
-
-
-def _is_ready(obj: Any) -> bool:
-    return not isinstance(obj, Channel) or obj.closed or obj._transport.has_message()
-
-
-def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
-    """Wait until one of the objects is ready to be read, or at its end; return the ready ones, in their order.
-
-    Args:
-        objects: channels, sockets, FdHandles, descriptors, anything with ``fileno()``.
-        timeout: seconds; None waits for ever, 0 only looks.
-
-    Raises:
-        ClosedError: one of the channels is closed.
-        TypeError, ValueError: one has no descriptor.
-    """
-    objects = list(objects)
-    deadline = None if timeout is None else time.monotonic() + timeout
-    poll = select.poll()
-    numbers = [as_fd(obj) for obj in objects]
-    for number in numbers:
-        poll.register(number, select.POLLIN)
-    while True:
-        ready = [obj for obj in objects if isinstance(obj, Channel) and obj._pending]
-        if ready:
-            return ready
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        found = {number for number, _ in poll.poll(None if left is None else left * 1000)}
-        ready = [obj for obj, number in zip(objects, numbers, strict=True) if number in found and _is_ready(obj)]
-        if ready or left == 0:
-            return ready
-
-
-class ChannelSet:
-    """Many channels, one persistent epoll (kqueue or poll elsewhere): waiting costs what is ready, not what is registered.
-
-    Args:
-        channels: the first members.
-
-    Raises:
-        OSError: no descriptor left for the epoll.
-    """
-
-    def __init__(self, channels: Iterable[HasFileno] = ()) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._numbers: dict[HasFileno, int] = {}
-        for channel in channels:
-            self.add(channel)
-
-    def add(self, channel: HasFileno) -> None:
-        """Watch ``channel`` (or anything with ``fileno()``); twice is harmless.
-
-        Raises:
-            ClosedError: it is closed.
-            OSError: it cannot be watched, or the set is closed.
-        """
-        number = as_fd(channel)
-        known = self._selector.get_map().get(number)
-        if known is not None:
-            if known.data is channel:
-                return
-            self.discard(known.data)  # closed since, and its number used again
-        self._selector.register(number, selectors.EVENT_READ, channel)
-        self._numbers[channel] = number
-
-    def discard(self, channel: HasFileno) -> None:
-        """Stop watching ``channel``; harmless where it is not watched, or was closed meanwhile."""
-        number = self._numbers.pop(channel, None)
-        if number is not None:
-            self._selector.unregister(number)
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        """Wait until channels can be received from; return those, at least one unless the time was up.
-
-        Args:
-            timeout: seconds; None waits for ever, 0 only looks.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = [key.data for key, _ in self._selector.select(left)]
-            ready = [channel for channel in ready if _is_ready(channel)]
-            if ready or left == 0:
-                return ready
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __contains__(self, channel: object) -> bool:
-        return channel in self._numbers
-
-    def close(self) -> None:
-        """Close the set; its channels stay open."""
-        self._numbers.clear()
-        self._selector.close()
-
-    def __enter__(self) -> ChannelSet:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()

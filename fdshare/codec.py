@@ -19,7 +19,7 @@ import attrs
 from fdshare import files as _files  # noqa: F401 -- registers how files travel
 from fdshare import reducers
 from fdshare.errors import DecodeError, NotSendableError
-from fdshare.handle import FdHandle, Moved
+from fdshare.handle import FdHandle, Handles, Moved
 from fdshare.wire import MAX_FDS_PER_PACKET, MAX_INLINE
 
 __all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec"]
@@ -69,7 +69,9 @@ class Outgoing:
         self._close_temporaries()
         self._temporaries = held
         self.fds = [handle.fileno() for handle in held]
-        self.buffers = [memoryview(bytes(b)) if b.readonly else memoryview(bytearray(b)) for b in self.buffers]
+        self.buffers = [
+            memoryview(bytes(b)) if b.readonly else memoryview(bytearray(b)) for b in self.buffers
+        ]
         self._owners.clear()
 
     def sent(self) -> None:
@@ -97,13 +99,12 @@ class Incoming:
     """A message that arrived: it owns its descriptors until ``decode`` has handed them on."""
 
     payload: Any
-    handles: list[FdHandle] = attrs.field(factory=list)
+    handles: Handles = attrs.field(factory=Handles)
     buffers: list[memoryview] = attrs.field(factory=list)
 
     def close(self) -> None:
         """Close every descriptor: nobody will decode it."""
-        for handle in self.handles:
-            handle.close()
+        self.handles.close()
 
 
 class Codec(Protocol):
@@ -121,11 +122,14 @@ class Codec(Protocol):
 class _Lender:
     """The context of reducers, mixed into both picklers."""
 
+    chunks: list[Any]
+    outgoing: Outgoing | None
+    moving: int
     by_value = False
 
     def start(self) -> Callable[[Any], object]:
-        self.chunks: list[Any] = []
-        self.outgoing: Outgoing | None = None
+        self.chunks = []
+        self.outgoing = None
         self.moving = 0
         return self.chunks.append
 
@@ -177,7 +181,7 @@ class _Sink:
 
 class _Encoder(_Lender, pickle.Pickler):
     def __init__(self) -> None:
-        super().__init__(_Sink(self.start()), PROTOCOL, buffer_callback=self.on_buffer)  # type: ignore[arg-type]
+        super().__init__(_Sink(self.start()), PROTOCOL, buffer_callback=self.on_buffer)
 
     def reducer_override(self, obj: Any) -> Any:
         cls = type(obj)
@@ -224,7 +228,7 @@ class PickleCodec:
             encoder = _Encoder()
         try:
             encoder.dump(obj)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- any __reduce__ may raise anything
             if encoder.outgoing is not None:
                 encoder.outgoing.failed()
             return _encode_by_value(obj, error)
@@ -290,7 +294,7 @@ def _try_by_value(obj: Any) -> Outgoing | Exception:
     encoder = _by_value_encoder()()
     try:
         encoder.dump(obj)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- any __reduce__ may raise anything
         if encoder.outgoing is not None:
             encoder.outgoing.failed()
         return error
@@ -301,7 +305,7 @@ def _try_by_value(obj: Any) -> Outgoing | Exception:
 def _find_culprit(obj: Any, error: Exception) -> tuple[str, Any, Exception]:
     """Return the path to the innermost part of ``obj`` that cannot be encoded, that part, and why."""
     path, probes, seen = "message", 0, {id(obj)}
-    while True:
+    while not (isinstance(error, reducers.Refused) and error.obj is obj):
         for step, child in _children(obj):
             probes += 1
             if id(child) in seen or probes > _MAX_PROBES:
@@ -314,7 +318,8 @@ def _find_culprit(obj: Any, error: Exception) -> tuple[str, Any, Exception]:
             obj, path, error = child, path + step, failure
             break
         else:
-            return path, obj, error
+            break
+    return path, obj, error
 
 
 def _children(obj: Any) -> Iterator[tuple[str, Any]]:

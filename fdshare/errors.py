@@ -43,7 +43,9 @@ class PeerClosedError(FdShareError, EOFError, BrokenPipeError):
     """The other side was closed or died, while receiving (as EOFError) or sending (as BrokenPipeError)."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the peer has closed")))
+        super().__init__(
+            *(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the peer has closed"))
+        )
 
 
 class NotSendableError(FdShareError, TypeError, pickle.PicklingError):
@@ -86,7 +88,9 @@ class DescriptorsLostError(FdShareError, OSError):
     """
 
     def __init__(self, *args: object, expected: int = 0, received: int = 0) -> None:
-        super().__init__(*(args if len(args) == 2 else (errno.EIO, args[0] if args else "descriptors were lost")))
+        super().__init__(
+            *(args if len(args) == 2 else (errno.EIO, args[0] if args else "descriptors were lost"))
+        )
         self.expected = expected
         self.received = received
 

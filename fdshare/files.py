@@ -1,8 +1,8 @@
 """How files travel: every ``open()`` mode, temporary files, and what was read ahead of a pipe.
 
-A file object is a stack: TextIOWrapper on a buffer on FileIO.  Each layer travels as one object that holds the next, so identity is
-kept whichever of them a message names.  Only the offset in the kernel is shared with the receiver, so writers are flushed and
-seekable readers put at their logical position.  What was read ahead of a stream that cannot seek is carried
+A file object is a stack: TextIOWrapper on a buffer on FileIO.  Each layer travels as one object that holds the next, so
+identity is kept whichever of them a message names.  Only the offset in the kernel is shared with the receiver, so
+writers are flushed and seekable readers put at their logical position.  What was read ahead of a stream that cannot seek is carried
 along by ``move``, and is an error otherwise.
 """
 
@@ -12,9 +12,11 @@ import gc
 import io
 from typing import Any
 
+from fdshare.handle import hand_over
 from fdshare.reducers import Context, Reduced, Refused, built, known, known_by_name, lend, take
 
 __all__: list[str] = []
+
 
 def _open(file: Any) -> int:
     if file.closed:
@@ -35,9 +37,7 @@ def reduce_fileio(raw: io.FileIO, context: Context) -> Reduced:
 
 def rebuild_fileio(index: int, format: int, mode: str, name: str | bytes | None) -> io.FileIO:
     handle = take(index, format)
-    raw = io.FileIO(handle.fileno(), mode)
-    handle.detach()
-    built(raw)
+    raw = built(hand_over(handle, io.FileIO, handle.fileno(), mode))
     if name is not None:
         raw.name = name
     return raw
@@ -82,8 +82,8 @@ def reduce_buffered(file: Any, context: Context) -> Reduced:
 
 def rebuild_buffered(cls: type, raw: io.FileIO, ahead: bytes) -> Any:
     if ahead:
-        return io.BufferedReader(ReadAhead(ahead, raw))
-    return cls(raw)
+        return built(io.BufferedReader(ReadAhead(ahead, raw)))
+    return built(cls(raw))
 
 
 class ReadAhead(io.RawIOBase):
@@ -136,12 +136,16 @@ def reduce_text(text: io.TextIOWrapper, context: Context) -> Reduced:
                 position = text.tell()
             except OSError as error:
                 raise Refused(
-                    text, f"its position is unknown ({error}): leave the loop over its lines, or use readline()"
+                    text,
+                    f"its position is unknown ({error}): leave the loop over its lines, or use readline()",
                 ) from error
             text.seek(position)
     elif text.readable() and _was_read(text):
         if not context.moving:
-            raise Refused(text, "what was read ahead cannot be put back: send fdshare.move(file), which carries it along")
+            raise Refused(
+                text,
+                "what was read ahead cannot be put back: send fdshare.move(file), which carries it along",
+            )
         ahead = _drain(text)
     if context.moving:
         context.consume(text.close)
@@ -195,7 +199,9 @@ def _drain(text: Any) -> bytes:
     data = characters.encode(text.encoding, text.errors)
     if data:  # back at once, since the send may yet fail
         _put_back(text, data)
-    decoders = [item for item in gc.get_referents(text) if hasattr(item, "getstate") and hasattr(item, "decode")]
+    decoders = [
+        item for item in gc.get_referents(text) if hasattr(item, "getstate") and hasattr(item, "decode")
+    ]
     return data + b"".join(decoder.getstate()[0] for decoder in decoders)  # half a character, say
 
 
@@ -216,7 +222,7 @@ def _put_back(text: Any, data: bytes) -> None:
 def rebuild_text(
     buffer: Any, options: tuple[Any, ...], position: int | None, ahead: bytes, mode: str | None
 ) -> io.TextIOWrapper:
-    text = io.TextIOWrapper(buffer, *options)
+    text = built(io.TextIOWrapper(buffer, *options))
     if mode is not None:
         text.mode = mode  # type: ignore[misc]  # as open() does
     if position is not None:
@@ -240,7 +246,7 @@ def _close_undeleted(wrapper: Any) -> None:
 
 
 def rebuild_temporary(file: Any, name: str, delete: bool) -> Any:
-    return tempfile_module()._TemporaryFileWrapper(file, name, delete)
+    return built(tempfile_module()._TemporaryFileWrapper(file, name, delete))
 
 
 def reduce_spooled(spooled: Any, context: Context) -> Reduced:
@@ -251,7 +257,7 @@ def reduce_spooled(spooled: Any, context: Context) -> Reduced:
 def rebuild_spooled(file: Any, max_size: int) -> Any:
     spooled = tempfile_module().SpooledTemporaryFile(max_size)
     spooled._file, spooled._rolled = file, True
-    return spooled
+    return built(spooled)
 
 
 def tempfile_module() -> Any:

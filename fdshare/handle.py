@@ -20,6 +20,8 @@ import os
 import stat
 import sys
 import warnings
+from collections.abc import Callable
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
@@ -30,7 +32,19 @@ if TYPE_CHECKING:
     import socket
     from types import TracebackType
 
-__all__ = ["FdHandle", "HasFileno", "Moved", "as_fd", "format_of", "kind_of", "move"]
+__all__ = [
+    "FdHandle",
+    "Handles",
+    "HasFileno",
+    "Moved",
+    "as_fd",
+    "format_of",
+    "hand_over",
+    "kind_of",
+    "move",
+    "own",
+    "to_socket",
+]
 
 T = TypeVar("T")
 
@@ -102,6 +116,53 @@ def as_fd(obj: HasFileno | int) -> int:
     return fd
 
 
+def own(function: Callable[..., int], *arguments: Any) -> FdHandle:
+    """Call ``function``, which returns a new descriptor, and own the result.
+
+    An interrupt (KeyboardInterrupt) strikes between bytecodes: here the number goes from one C function to the next, and
+    so is never nobody's.
+
+    Raises:
+        OSError: as ``function``.
+    """
+    handle = FdHandle(0)
+    handle._fd = -1
+    for _ in map(_arm, (handle,), starmap(function, (arguments,))):
+        break
+    return handle
+
+
+def hand_over(handle: FdHandle, function: Callable[..., T], *arguments: Any) -> T:
+    """Call ``function``, a C function whose result owns the handle's descriptor, and spend the handle with it.
+
+    Between the call and the assignment that spends the handle there is no place for an interrupt.
+    """
+    for result in starmap(function, (arguments,)):
+        handle._fd = -1
+        return result
+    raise AssertionError("one call gives one result")
+
+
+def to_socket(handle: FdHandle, *arguments: int) -> socket.socket:
+    """Spend ``handle`` into a socket; ``arguments`` are its family, type and protocol, if known.
+
+    The socket says no more than the shared description does about blocking: timeout None or 0.0.
+
+    Raises:
+        OSError: not a socket; the handle stays usable.
+    """
+    import socket
+
+    family, type, proto = arguments or (-1, -1, -1)
+    fd = handle.fileno()
+    sock = socket.socket.__new__(socket.socket)
+    sock._io_refs, sock._closed = 0, False  # type: ignore[attr-defined]  # as its Python __init__ would
+    hand_over(handle, socket.SocketType.__init__, sock, family, type, proto, fd)
+    if not os.get_blocking(fd):
+        sock.settimeout(0.0)  # changes nothing in the description
+    return sock
+
+
 def _no_fileno() -> None:
     return None
 
@@ -111,7 +172,9 @@ def _checked(fd: int) -> int:
         return fd
     if isinstance(fd, int) and type(fd) is not bool:
         raise ValueError(f"invalid descriptor {fd}")
-    raise TypeError(f"FdHandle takes a descriptor number, not {type(fd).__name__} (FdHandle.dup takes files too)")
+    raise TypeError(
+        f"FdHandle takes a descriptor number, not {type(fd).__name__} (FdHandle.dup takes files too)"
+    )
 
 
 @attrs.define(eq=False, repr=False, slots=True, on_setattr=attrs.setters.NO_OP)
@@ -141,7 +204,7 @@ class FdHandle:
             OSError: not open (EBADF), or the descriptor limit is reached (EMFILE).
             TypeError: ``file_or_fd`` has no descriptor.
         """
-        return cls(os.dup(as_fd(file_or_fd)))
+        return own(os.dup, as_fd(file_or_fd))
 
     def fileno(self) -> int:
         """Borrow the descriptor: its number, still owned by the handle.
@@ -240,14 +303,7 @@ class FdHandle:
             ClosedError: the handle was closed or consumed.
             OSError: not a socket (ENOTSOCK); the handle stays usable.
         """
-        import socket
-
-        fd = self.fileno()
-        sock = socket.socket(fileno=fd)
-        self._fd = -1
-        if not os.get_blocking(fd):
-            sock.settimeout(0.0)  # says what the shared description does; changes nothing there
-        return sock
+        return to_socket(self)
 
     def __enter__(self) -> FdHandle:
         return self
@@ -280,6 +336,21 @@ class FdHandle:
         return (adopt_inherited, (inheritable(self, "FdHandle"),))
 
 
+class Handles(list[FdHandle]):
+    """Descriptors on their way to an owner: closed when the list is dropped, released by ``clear()``."""
+
+    def close(self) -> None:
+        """Close what is still in the list."""
+        for handle in self:
+            handle.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+_arm: Any = vars(FdHandle)["_fd"].__set__  # of the slot: a C function
+
+
 def inheritable(owner: HasFileno, what: str) -> Any:
     """Return multiprocessing's own token for a descriptor that the process being started now will inherit.
 
@@ -300,7 +371,7 @@ def inheritable(owner: HasFileno, what: str) -> Any:
 
 def adopt_inherited(token: Any) -> FdHandle:
     """Rebuild in the started process what :func:`inheritable` made."""
-    handle = FdHandle(token.detach())
+    handle = own(token.detach)
     os.set_inheritable(handle.fileno(), False)
     return handle
 
@@ -317,7 +388,9 @@ class Moved:
         return f"move({self.obj!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise NotSendableError("move() has a meaning only in a message sent over a fdshare.Channel", type_name="Moved")
+        raise NotSendableError(
+            "move() has a meaning only in a message sent over a fdshare.Channel", type_name="Moved"
+        )
 
 
 def move(obj: Any) -> Moved:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fdshare.errors import DecodeError, FdLimitError, NoSpaceError
-from fdshare.handle import FdHandle
+from fdshare.handle import FdHandle, own
 
 __all__ = ["HAVE_MEMFD", "map_segment", "write_segment"]
 
@@ -46,7 +46,9 @@ def write_segment(parts: Iterable[Any]) -> tuple[FdHandle, bool]:
     """
     sealed = HAVE_MEMFD
     try:
-        handle = FdHandle(os.memfd_create("fdshare", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if sealed else _unlinked())
+        handle = (
+            own(os.memfd_create, "fdshare", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if sealed else _unlinked()
+        )
     except OSError as error:
         raise _typed(error, 0) from error
     try:
@@ -65,11 +67,16 @@ def write_segment(parts: Iterable[Any]) -> tuple[FdHandle, bool]:
 def _typed(error: OSError, written: int) -> OSError:
     """Return the typed error for a segment that could not be made."""
     if error.errno in _NO_SPACE:
-        return NoSpaceError(error.errno, f"no room for a message's segment after {written} bytes: {error.strerror}")
+        return NoSpaceError(
+            error.errno, f"no room for a message's segment after {written} bytes: {error.strerror}"
+        )
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return FdLimitError(
-            error.errno, f"no descriptor left for a message's segment (limit {limit}): close some", needed=1, limit=limit
+            error.errno,
+            f"no descriptor left for a message's segment (limit {limit}): close some",
+            needed=1,
+            limit=limit,
         )
     return error
 
@@ -86,18 +93,18 @@ def _write_all(fd: int, parts: Sequence[Any]) -> None:
             views[first] = views[first][written:]
 
 
-def _unlinked() -> int:
+def _unlinked() -> FdHandle:
     """Open a new file without a name, in a directory that only this user may enter."""
     import tempfile
 
     directory = tempfile.mkdtemp(prefix="fdshare-")  # mode 0700
     path = os.path.join(directory, "segment")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        handle = own(os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.unlink(path)
     finally:
         os.rmdir(directory)
-    return fd
+    return handle
 
 
 def map_segment(handle: FdHandle, size: int, *, sealed: bool) -> memoryview:
@@ -156,7 +163,7 @@ else:
         if _libc_mmap is None:
             function = ctypes.CDLL(None, use_errno=True).mmap
             function.restype = ctypes.c_void_p
-            function.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+            function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
             _libc_mmap = function
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))

@@ -2,8 +2,8 @@
 
 A reducer is called as ``reduce(obj, context)`` and returns what ``__reduce__`` would: a module-level function and its
 arguments, which may hold further objects that travel.  ``context.lend(fd, owner)`` puts a descriptor into the message and
-returns its index; the rebuild function calls :func:`take` with that index.  A reducer may run several times for one object, and must leave it
-as it was: flushing a writer and aligning a reader's offset are the only things done to it.
+returns its index; the rebuild function calls :func:`take` with that index.  A reducer may run several times for one
+object, and must leave it as it was: flushing a writer and aligning a reader's offset are the only things done to it.
 
 The names of the rebuild functions are the wire format.
 """
@@ -21,8 +21,8 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from fdshare.errors import DecodeError, NotSendableError
-from fdshare.handle import FdHandle, Moved, format_of
+from fdshare.errors import DecodeError
+from fdshare.handle import FdHandle, Handles, Moved, format_of, hand_over, to_socket
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -63,20 +63,23 @@ class Unpacking:
 
     __slots__ = ("built", "given", "handles", "numbers")
 
-    def __init__(self, handles: list[FdHandle]) -> None:
+    def __init__(self, handles: Handles) -> None:
         self.handles = handles
-        self.numbers = [handle._fd for handle in handles]  # noqa: SLF001 -- thousands of them
+        self.numbers = [handle._fd for handle in handles]
         self.given = [False] * len(handles)
         self.built: list[Any] = []
 
     def close(self, failed: bool) -> None:
         """Close every descriptor that nobody took, and after a failure those that somebody took too."""
-        for handle, given in zip(self.handles, self.given, strict=True):
-            if failed or not given:
-                handle.close()
         if failed:
-            for obj in self.built:
+            for obj in reversed(self.built):
                 obj.close()
+            self.handles.close()
+        elif not all(self.given):
+            for handle, given in zip(self.handles, self.given, strict=True):
+                if not given:
+                    handle.close()
+        self.handles.clear()
 
 
 class _Decoding(threading.local):
@@ -250,16 +253,11 @@ def reduce_socket(sock: socket.socket, context: Context) -> Reduced:
 def rebuild_socket(index: int, family: int, type: int, proto: int, timeout: float | None) -> socket.socket:
     handle = take(index, stat.S_IFSOCK)
     blocking = os.get_blocking(handle.fileno())
-    sock = socket.socket(family, type, proto, fileno=handle.fileno())
-    handle.detach()
-    built(sock)
+    sock = built(to_socket(handle, family, type, proto))
     # O_NONBLOCK belongs to the description that the sender shares, and settimeout writes it.  So the timeout is
     # set where that changes nothing; where the flag says otherwise meanwhile, the flag is the truth.
-    if blocking is (timeout is None):
-        if timeout is not None:
-            sock.settimeout(timeout)
-    elif not blocking:
-        sock.settimeout(0.0)
+    if not blocking and timeout is not None:
+        sock.settimeout(timeout)
     return sock
 
 
@@ -275,8 +273,7 @@ def reduce_connection(connection: Connection, context: Context) -> Reduced:
 def rebuild_connection(index: int, format: int, readable: bool, writable: bool) -> Connection:
     from multiprocessing.connection import Connection
 
-    handle = take(index, format)
-    return built(Connection(handle.detach(), readable, writable))
+    return built(Connection(take(index, format).detach(), readable, writable))
 
 
 def reduce_epoll(epoll: Any, context: Context) -> Reduced:
@@ -288,7 +285,8 @@ def reduce_epoll(epoll: Any, context: Context) -> Reduced:
 
 
 def rebuild_epoll(index: int, format: int) -> Any:
-    return built(select.epoll.fromfd(take(index, format).detach()))
+    handle = take(index, format)
+    return built(hand_over(handle, select.epoll.fromfd, handle.fileno()))
 
 
 # --- functions and classes -----------------------------------------------------------------------------------------

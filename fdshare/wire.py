@@ -96,11 +96,14 @@ class Header(NamedTuple):
         return 0 if self.flags & IN_SEGMENT else self.payload_size
 
     @property
+    def total(self) -> int:
+        """Descriptors of the message, the segment's included."""
+        return self.descriptors + (self.flags & SEGMENT)
+
+    @property
     def carried(self) -> int:
         """Descriptors that travel with the packet itself."""
-        if self.flags & BUNDLE:
-            return 1
-        return self.descriptors + (self.flags & SEGMENT)
+        return 1 if self.flags & BUNDLE else self.total
 
 
 def pack(
@@ -118,7 +121,9 @@ def pack(
         MessageTooLargeError: a count is over its named bound.
     """
     if descriptors > MAX_DESCRIPTORS:
-        raise MessageTooLargeError(f"{descriptors} descriptors in one message; MAX_DESCRIPTORS is {MAX_DESCRIPTORS}")
+        raise MessageTooLargeError(
+            f"{descriptors} descriptors in one message; MAX_DESCRIPTORS is {MAX_DESCRIPTORS}"
+        )
     if buffers > MAX_BUFFERS:
         raise MessageTooLargeError(f"{buffers} buffers in one message; MAX_BUFFERS is {MAX_BUFFERS}")
     if segment_size > MAX_SEGMENT:
@@ -143,7 +148,9 @@ def unpack(data: bytes | memoryview) -> Header:
     if type not in (MESSAGE, BYTES, NOTICE) or zero or zero2 or flags & ~_ALL_FLAGS:
         raise ProtocolError(f"not a packet of this protocol: it begins with {bytes(data[:4]).hex()}")
     if descriptors > MAX_DESCRIPTORS or buffers > MAX_BUFFERS or segment > MAX_SEGMENT:
-        raise ProtocolError(f"over a bound: {descriptors} descriptors, {buffers} buffers, a segment of {segment} bytes")
+        raise ProtocolError(
+            f"over a bound: {descriptors} descriptors, {buffers} buffers, a segment of {segment} bytes"
+        )
     header = Header(type, flags, descriptors, buffers, payload, segment, nonce)
     if not flags & SEGMENT:
         if segment or buffers or flags & (IN_SEGMENT | FILE):
@@ -153,7 +160,9 @@ def unpack(data: bytes | memoryview) -> Header:
     if header.inline_size > MAX_INLINE:
         raise ProtocolError(f"an inline payload of {payload} bytes; MAX_INLINE is {MAX_INLINE}")
     if header.carried > MAX_FDS_PER_PACKET:
-        raise ProtocolError(f"{header.carried} descriptors without a bundle; at most {MAX_FDS_PER_PACKET} fit")
+        raise ProtocolError(
+            f"{header.carried} descriptors without a bundle; at most {MAX_FDS_PER_PACKET} fit"
+        )
     if 8 * buffers > payload:
         raise ProtocolError(f"a table of {buffers} buffers in a payload of {payload} bytes")
     return header
@@ -176,6 +185,8 @@ def unpack_table(header: Header, payload: memoryview) -> list[tuple[int, int, bo
     Raises:
         ProtocolError: the table points past the segment.
     """
+    if len(payload) < 8 * header.buffers:
+        raise ProtocolError(f"a table of {header.buffers} buffers in a payload of {len(payload)} bytes")
     offset = header.payload_size if header.flags & IN_SEGMENT else 0
     table = []
     for entry in struct.unpack_from(f"<{header.buffers}Q", payload):

@@ -1,0 +1,1 @@
+"""Process pools whose tasks take and return anything that a channel carries."""

@@ -1,0 +1,230 @@
+"""SCM_RIGHTS: descriptors beside bytes, owned from the system call on; and the bare form for peers that are not fdshare.
+
+A signal handler that raises (KeyboardInterrupt) runs after a call, on a jump back, or on entry to a function, and at no other
+bytecode.  So a system call whose result must not be lost is the iterator of a loop that ends at once: ``for arrived
+in map(Arrived, starmap(sock.recvmsg, ...)): break`` stores the owner of what came without a gap.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import resource
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import starmap
+from typing import Any
+
+from fdshare.errors import DescriptorsLostError, FdLimitError, ProtocolError
+from fdshare.handle import FdHandle, Handles, HasFileno, as_fd, to_socket
+from fdshare.wire import MAX_FDS_PER_PACKET
+
+__all__ = ["Arrived", "recv_fds", "send_fds"]
+
+CONTROL_SIZE = socket.CMSG_SPACE(4 * MAX_FDS_PER_PACKET) + 64
+"""Bytes of control buffer for every read: the most descriptors of one packet, and credentials, should somebody ask for them.
+A smaller one would lose descriptors, and leak them on macOS."""
+
+CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # absent on macOS
+NOW = socket.MSG_DONTWAIT
+PEEK = socket.MSG_PEEK
+SEND: int = getattr(socket, "MSG_NOSIGNAL", 0)
+SEND_NOW = SEND | NOW
+
+
+def descriptor_limit() -> int:
+    """Return the soft limit of descriptors of this process."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def open_descriptors() -> int:
+    """Return how many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")) - 1
+
+
+def has_room_for(count: int) -> bool:
+    """Whether ``count`` more descriptors fit under the limit of this process, as far as one can tell without opening them."""
+    limit = descriptor_limit()
+    try:  # the size of the table, never less than what is open: one short file instead of a listing
+        with open("/proc/self/status", "rb") as status:
+            slots = next(int(line[7:]) for line in status if line.startswith(b"FDSize:"))
+        if slots + count <= limit:
+            return True
+    except (OSError, StopIteration):
+        pass
+    return open_descriptors() + count <= limit
+
+
+def limit_error(needed: int) -> FdLimitError:
+    """Return the error for a message that stays queued because its descriptors do not fit."""
+    limit = descriptor_limit()
+    return FdLimitError(
+        errno.EMFILE,
+        f"a message brings {needed} descriptors and there is no room for them (limit {limit}): it stays queued; "
+        "close some or raise RLIMIT_NOFILE, and receive again",
+        needed=needed,
+        limit=limit,
+    )
+
+
+class Arrived(tuple[Any, ...]):
+    """The result of ``recvmsg`` as the owner of the descriptors in it, from the C call on, until :meth:`adopt`."""
+
+    _handles: Handles
+    _adopted = False
+
+    def adopt(self) -> Handles:
+        """Return the descriptors as handles, the same list at each call; they belong to that list now."""
+        if not self._adopted:
+            handles = self.__dict__.setdefault("_handles", Handles())
+            # An interrupt inside leaves the list shorter: the rest is still ours.
+            handles.extend(map(FdHandle, numbers_in(self[1])[len(handles) :]))
+            self._adopted = True
+        return self._handles
+
+    def close(self) -> None:
+        """Close all of its descriptors."""
+        self.adopt().close()
+
+    def __del__(self) -> None:
+        if self[1] and not self._adopted:
+            for fd in numbers_in(self[1])[len(self.__dict__.get("_handles", ())) :]:
+                os.close(fd)
+
+
+def numbers_in(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
+    """Return the descriptors in what ``recvmsg`` gave, close-on-exec."""
+    numbers = array.array("i")
+    for level, type, data in ancillary:
+        if level == socket.SOL_SOCKET and type == socket.SCM_RIGHTS:
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    if not CLOEXEC:
+        for fd in numbers:
+            os.set_inheritable(fd, False)
+    return numbers
+
+
+def rights(fds: Sequence[int]) -> list[tuple[int, int, Any]]:
+    """Return the ancillary data that carries ``fds``: one control message, as some systems deliver only one."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+
+def has_room_for_one() -> bool:
+    """Whether one more descriptor can be opened; if so, missing ones were not dropped for want of room."""
+    try:
+        os.close(os.open("/", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def lost(expected: int, received: int) -> DescriptorsLostError:
+    """Return the error for descriptors that were dropped on the way."""
+    return DescriptorsLostError(
+        f"{received} of {expected} descriptors arrived: the kernel or a security module dropped the others, "
+        "for want of room or of permission; those that came were closed",
+        expected=expected,
+        received=received,
+    )
+
+
+def make_bundle(fds: Sequence[int]) -> socket.socket:
+    """Return a socket that holds ``fds`` in batches, to travel in a packet in their place.
+
+    Raises:
+        OSError: EMFILE, ETOOMANYREFS, EBADF.
+    """
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with writer:
+        try:
+            for first in range(0, len(fds), MAX_FDS_PER_PACKET):
+                writer.sendmsg([b"\0"], rights(fds[first : first + MAX_FDS_PER_PACKET]), SEND_NOW)
+        except BaseException:
+            reader.close()
+            raise
+    return reader
+
+
+def unbundle(bundle: FdHandle, total: int) -> Handles:
+    """Take ``total`` descriptors out of a bundle, which is closed.
+
+    Raises:
+        DescriptorsLostError: there are not as many; those that came were closed.
+        ProtocolError: it is not a bundle.
+    """
+    handles = Handles()
+    try:
+        with to_socket(bundle) as sock:
+            while len(handles) < total:
+                for batch in map(Arrived, starmap(sock.recvmsg, ((1, CONTROL_SIZE, CLOEXEC | NOW),))):
+                    adopted = batch.adopt()
+                    handles += adopted
+                    adopted.clear()
+                if not batch[0] or batch[2] & socket.MSG_CTRUNC:
+                    break
+    except OSError as error:
+        handles.close()
+        raise ProtocolError(f"a bundle of descriptors cannot be read: {error}") from error
+    if len(handles) != total:
+        handles.close()
+        raise lost(total, len(handles))
+    return handles
+
+
+# --- bare SCM_RIGHTS -------------------------------------------------------------------------------------------------
+
+
+def send_fds(sock: socket.socket, buffers: Iterable[Any], fds: Iterable[HasFileno | int]) -> int:
+    """Send bytes with descriptors to a peer that need not be fdshare.
+
+    Args:
+        sock: a connected AF_UNIX socket.
+        buffers: bytes-like pieces; at least one byte together, since descriptors without data are lost on a stream.
+        fds: numbers, or objects with ``fileno()``; they stay the caller's.
+
+    Returns:
+        how many bytes were sent; on a stream that may be fewer than given, and the descriptors have gone with the first.
+
+    Raises:
+        ValueError: no data, or more than 253 descriptors (SCM_MAX_FD of Linux).
+        OSError: as sendmsg(2): EBADF, EPIPE, ETOOMANYREFS, EAGAIN, …
+    """
+    pieces = [memoryview(piece).cast("B") for piece in buffers]
+    numbers = [as_fd(fd) for fd in fds]
+    if numbers and not any(map(len, pieces)):
+        raise ValueError("descriptors need at least one byte of data: a stream loses them otherwise")
+    if len(numbers) > MAX_FDS_PER_PACKET:
+        raise ValueError(f"{len(numbers)} descriptors; one sendmsg takes at most {MAX_FDS_PER_PACKET}")
+    return sock.sendmsg(pieces, rights(numbers), SEND)
+
+
+def recv_fds(sock: socket.socket, bufsize: int, maxfds: int) -> tuple[bytes, list[FdHandle]]:
+    """Receive bytes with descriptors from a peer that need not be fdshare.
+
+    Args:
+        sock: a connected AF_UNIX socket.
+        bufsize: most bytes to receive.
+        maxfds: most descriptors to accept.
+
+    Returns:
+        the data (empty at the end of the connection), and the descriptors, close-on-exec, now the caller's.
+
+    Raises:
+        DescriptorsLostError: the kernel dropped some (no room, a security module); those that came were closed.
+        ProtocolError: more than ``maxfds`` came; all of them were closed.
+        OSError: as recvmsg(2).
+    """
+    for arrived in map(Arrived, starmap(sock.recvmsg, ((bufsize, CONTROL_SIZE, CLOEXEC),))):  # noqa: B007 -- see above
+        break
+    handles = arrived.adopt()
+    if arrived[2] & socket.MSG_CTRUNC:
+        handles.close()
+        raise lost(len(handles) + 1, len(handles))
+    if len(handles) > maxfds:
+        handles.close()
+        raise ProtocolError(f"{len(handles)} descriptors arrived; at most {maxfds} were asked for")
+    result = list(handles)
+    handles.clear()
+    return arrived[0], result

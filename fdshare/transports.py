@@ -1,0 +1,227 @@
+"""The two transports: SEQPACKET, where the kernel keeps packets apart, and STREAM, where frames do."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fdshare import rights, wire
+from fdshare.errors import PeerClosedError, ProtocolError
+from fdshare.handle import Handles
+from fdshare.rights import Arrived
+from fdshare.transport import DEFAULT_MAX_INFLIGHT, Packet, Transport
+
+__all__ = ["SeqpacketTransport", "StreamTransport", "socketpair", "transport_of"]
+
+_PICKLE_MARK = bytes([wire.PICKLE_MARK])
+_NOTICE_MARK = bytes([wire.NOTICE])
+
+
+class SeqpacketTransport(Transport):
+    """One packet a message; several processes may share one end.
+
+    A packet with descriptors comes after a notice, which puts the reader on its guard: only then does it peek.
+    """
+
+    name = "seqpacket"
+    _noticed = False
+
+    def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
+        if fds:
+            self._send_step([wire.pack(wire.NOTICE, descriptors=len(fds))], (), deadline)
+        self._send_step([header, *payload], fds, deadline)
+
+    def _receive_now(self) -> Packet | None:
+        while True:
+            peeked = None
+            if self._noticed and self.arrived is None:
+                peeked = self._peek(wire.PACKET_SIZE)
+                if peeked is None:
+                    return None
+                header = _header_or_none(peeked[0])
+                if header is not None and header.type != wire.NOTICE:
+                    self._check_room(peeked, header)
+            arrived = self._fetch(wire.PACKET_SIZE)
+            if arrived is None:
+                return None
+            self._noticed, self.arrived = False, None
+            data, ancillary, _, _ = arrived
+            if (
+                peeked is not None and peeked[0] != data
+            ):  # another reader took that one; the nonce tells twins apart
+                peeked.close()
+                peeked = None
+            if data[:1] == _PICKLE_MARK and not ancillary:
+                return Packet(None, data, Handles())
+            header = self._unpack(arrived)
+            if header.type != wire.NOTICE:
+                return Packet(
+                    header, memoryview(data)[wire.HEADER_SIZE :], self._complete(arrived, header, peeked)
+                )
+            self._noticed = True
+
+    def _unpack(self, arrived: Arrived) -> wire.Header:
+        """Return the checked header of a packet."""
+        data, ancillary, flags, _ = arrived
+        try:
+            if not data:
+                raise PeerClosedError("the other side of this channel was closed")
+            header = wire.unpack(data)
+            if flags & socket.MSG_TRUNC or len(data) != wire.HEADER_SIZE + header.inline_size:
+                raise ProtocolError(
+                    f"a packet of {len(data)} bytes says {wire.HEADER_SIZE + header.inline_size}"
+                )
+            if header.type == wire.NOTICE and ancillary:
+                raise ProtocolError("a notice with descriptors")
+        except BaseException:
+            arrived.close()
+            raise
+        return header
+
+    def has_message(self) -> bool:
+        with self._reading:
+            self.check_open()
+            while self.arrived is None:
+                try:
+                    first = self.sock.recv(wire.HEADER_SIZE + 1, rights.NOW | rights.PEEK)
+                except BlockingIOError:
+                    return False
+                except OSError:
+                    return True
+                if first[:1] != _NOTICE_MARK or len(first) != wire.HEADER_SIZE:
+                    return True
+                arrived = self._fetch(wire.PACKET_SIZE)
+                if arrived is not None and arrived[0] == first and not arrived[1]:
+                    self._noticed, self.arrived = True, None
+            return True
+
+
+def _header_or_none(data: bytes) -> wire.Header | None:
+    try:
+        return wire.unpack(data)
+    except ProtocolError:
+        return None
+
+
+class StreamTransport(Transport):
+    """Length-prefixed frames; one process at a time reads, and one writes, each end.
+
+    A read never goes past the present frame, so that selectors see what is left, and no surplus descriptors come.
+    """
+
+    name = "stream"
+
+    def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
+        super().__init__(sock, max_inflight)
+        self._parser = wire.StreamParser()
+        self._brought: Arrived | None = None  # what came with the descriptors of the present frame
+        self._frame = bytearray()  # the frame being sent, perhaps begun by an earlier call; see _sent
+
+    def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
+        with self._writing:
+            self._send_until(len(self._frame), (), deadline)
+            frame = wire.frame(header, list(payload))
+            self._frame, self._sent = frame, 0
+            try:
+                if fds:  # with the first byte behind the header, which tells of them
+                    self._send_until(wire.HEADER_SIZE, (), deadline)
+                    self._send_until(wire.HEADER_SIZE + 1, fds, deadline)
+                self._send_until(len(frame), (), deadline)
+            except BaseException:
+                if self._sent == 0:
+                    self._frame = bytearray()
+                elif self._sent < len(frame):
+                    frame[-1] = 0  # given up: the receiver drops it when the rest has come
+                raise
+
+    def _send_until(self, end: int, fds: Sequence[int], deadline: float | None) -> None:
+        while self._sent < end:
+            self._send_step([bytes(self._frame[self._sent : end])], fds, deadline)
+
+    def _receive_now(self) -> Packet | None:
+        while True:
+            header, peeked = self._parser.header, None
+            expected = header is not None and header.carried and self._brought is None
+            if header is not None and expected and self.arrived is None:
+                peeked = self._peek(1)
+                if peeked is None:
+                    return None
+                self._check_room(peeked, header)
+            arrived = self._fetch(self._parser.wanted)
+            if arrived is None:
+                return None
+            brought = self._brought
+            if not arrived[0]:
+                self.arrived = None
+                arrived.close()
+                raise PeerClosedError("the other side of this channel was closed")
+            if expected:
+                brought = arrived
+                if peeked is not None and len(arrived.adopt()) < len(peeked.adopt()):
+                    brought = peeked
+            elif arrived[1]:
+                raise ProtocolError("descriptors where the frame has none")
+            after, frame = self._parser.fed(arrived[0])
+            self._parser, self._brought, self.arrived = after, brought, None
+            for other in (arrived, peeked):
+                if other is not None and other is not brought:
+                    other.close()
+            if frame is None:
+                continue
+            header, payload = frame
+            brought, self._brought = self._brought, None
+            if payload is not None:
+                return Packet(header, payload, self._complete(brought, header, None))
+            if brought is not None:
+                brought.close()
+
+    def has_message(self) -> bool:
+        return True
+
+    def _after_fork(self) -> None:
+        self._frame, self._sent = bytearray(), 0
+
+    def _close(self) -> None:
+        rest = bytes(self._frame[self._sent :])
+        if rest:
+            try:  # let the peer's parser reach the end of a frame that was given up
+                self.sock.send(rest, rights.SEND_NOW)
+            except OSError:
+                pass
+        super()._close()
+        if self._brought is not None:
+            self._brought.close()
+
+
+def transport_of(sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> Transport:
+    """Return the transport that fits a connected AF_UNIX socket.
+
+    Raises:
+        ValueError: it is of another family or type.
+    """
+    if sock.family == socket.AF_UNIX:
+        if sock.type == socket.SOCK_SEQPACKET:
+            return SeqpacketTransport(sock, max_inflight)
+        if sock.type == socket.SOCK_STREAM:
+            return StreamTransport(sock, max_inflight)
+    raise ValueError(f"a channel needs a SEQPACKET or STREAM socket of AF_UNIX, not {sock!r}")
+
+
+def socketpair(transport: str | None) -> tuple[socket.socket, socket.socket]:
+    """Return a connected pair for "seqpacket", "stream", or None for the best that the system has.
+
+    Raises:
+        ValueError: an unknown name.
+        OSError: the system has no such sockets.
+    """
+    if transport not in (None, "seqpacket", "stream"):
+        raise ValueError(f"transport is 'seqpacket', 'stream' or None, not {transport!r}")
+    if transport != "stream":
+        try:
+            return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            if transport or sys.platform == "linux":
+                raise
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

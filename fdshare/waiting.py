@@ -1,0 +1,123 @@
+"""Waiting on many channels at once: ``wait`` for a few, ``ChannelSet`` for thousands."""
+
+from __future__ import annotations
+
+import select
+import selectors
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from fdshare.channel import Channel
+from fdshare.handle import HasFileno, as_fd
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["ChannelSet", "wait"]
+
+
+def _is_ready(obj: Any) -> bool:
+    return not isinstance(obj, Channel) or obj.closed or obj.poll()
+
+
+def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
+    """Wait until one of the objects is ready to be read, or at its end; return the ready ones, in their order.
+
+    Args:
+        objects: channels, sockets, FdHandles, descriptors, anything with ``fileno()``.
+        timeout: seconds; None waits for ever, 0 only looks.
+
+    Raises:
+        ClosedError: one of the channels is closed.
+        TypeError, ValueError: one has no descriptor.
+    """
+    objects = list(objects)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    poll = select.poll()
+    numbers = [as_fd(obj) for obj in objects]
+    for number in numbers:
+        poll.register(number, select.POLLIN)
+    while True:
+        ready = [obj for obj in objects if isinstance(obj, Channel) and obj._transport.arrived is not None]
+        if ready:
+            return ready
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        found = {number for number, _ in poll.poll(None if left is None else left * 1000)}
+        ready = [
+            obj for obj, number in zip(objects, numbers, strict=True) if number in found and _is_ready(obj)
+        ]
+        if ready or left == 0:
+            return ready
+
+
+class ChannelSet:
+    """Many channels, one persistent epoll (kqueue or poll elsewhere): waiting costs what is ready, not what is registered.
+
+    Args:
+        channels: the first members.
+
+    Raises:
+        OSError: no descriptor left for the epoll.
+    """
+
+    def __init__(self, channels: Iterable[HasFileno] = ()) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._numbers: dict[HasFileno, int] = {}
+        for channel in channels:
+            self.add(channel)
+
+    def add(self, channel: HasFileno) -> None:
+        """Watch ``channel`` (or anything with ``fileno()``); twice is harmless.
+
+        Raises:
+            ClosedError: it is closed.
+            OSError: it cannot be watched, or the set is closed.
+        """
+        number = as_fd(channel)
+        known = self._selector.get_map().get(number)
+        if known is not None:
+            if known.data is channel:
+                return
+            self.discard(known.data)  # closed since, and its number used again
+        self._selector.register(number, selectors.EVENT_READ, channel)
+        self._numbers[channel] = number
+
+    def discard(self, channel: HasFileno) -> None:
+        """Stop watching ``channel``; harmless where it is not watched, or was closed meanwhile."""
+        number = self._numbers.pop(channel, None)
+        if number is not None:
+            self._selector.unregister(number)
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        """Wait until channels can be received from; return those, at least one unless the time was up.
+
+        Args:
+            timeout: seconds; None waits for ever, 0 only looks.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = [key.data for key, _ in self._selector.select(left)]
+            ready = [channel for channel in ready if _is_ready(channel)]
+            if ready or left == 0:
+                return ready
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __contains__(self, channel: object) -> bool:
+        return channel in self._numbers
+
+    def close(self) -> None:
+        """Close the set; its channels stay open."""
+        self._numbers.clear()
+        self._selector.close()
+
+    def __enter__(self) -> ChannelSet:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
