@@ -296,7 +296,7 @@ class Channel:
             flags, parts, payload = wire.IN_SEGMENT, payload, []
         else:
             parts = []
-        parts, segment_size = _lay_out(parts, size if flags else 0, out.buffers)
+        parts, segment_size = wire.lay_out(parts, size if flags else 0, out.buffers)
         self._transport.reserve(segment_size, deadline)
         segment, sealed = memory.write_segment(parts)
         with segment:
@@ -358,7 +358,11 @@ class Channel:
         return self._transport.sock.fileno()
 
     def close(self) -> None:
-        """Close this end; whoever is blocked in it gets ClosedError, the peer PeerClosedError.  Twice is harmless."""
+        """Close this end; whoever is blocked in it gets ClosedError, the peer PeerClosedError.  Twice is harmless.
+
+        Raises:
+            OSError: as close(2).
+        """
         self._transport.close()
 
     @property
@@ -459,21 +463,6 @@ def _channel_of(
 
 
 reducers.known[Channel] = reduce_channel
-
-
-def _lay_out(parts: list[Any], size: int, buffers: list[memoryview]) -> tuple[list[Any], int]:
-    """Return the pieces of a segment with the gaps that alignment leaves, and its size in bytes."""
-    parts, offset = list(parts), size
-    for buffer in buffers:
-        begin = wire.align(offset, buffer.nbytes)
-        if begin > offset:
-            parts.append(_ZEROS[: begin - offset])
-        parts.append(buffer)
-        offset = begin + buffer.nbytes
-    return parts, offset
-
-
-_ZEROS = memoryview(bytes(wire.PAGE))
 
 
 def Pipe(  # noqa: N802 -- the name of multiprocessing's

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import pickle
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import attrs
@@ -94,12 +94,16 @@ class Outgoing:
             self._temporaries.pop().close()
 
 
+def _as_handles(handles: Iterable[FdHandle]) -> Handles:
+    return handles if isinstance(handles, Handles) else Handles(handles)
+
+
 @attrs.define(eq=False)
 class Incoming:
     """A message that arrived: it owns its descriptors until ``decode`` has handed them on."""
 
     payload: Any
-    handles: Handles = attrs.field(factory=Handles)
+    handles: Handles = attrs.field(factory=Handles, converter=_as_handles)
     buffers: list[memoryview] = attrs.field(factory=list)
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 A file object is a stack: TextIOWrapper on a buffer on FileIO.  Each layer travels as one object that holds the next, so
 identity is kept whichever of them a message names.  Only the offset in the kernel is shared with the receiver, so
-writers are flushed and seekable readers put at their logical position.  What was read ahead of a stream that cannot seek is carried
-along by ``move``, and is an error otherwise.
+writers are flushed and seekable readers put at their logical position.  What was read ahead of a stream that cannot
+seek is carried along by ``move``, and is an error otherwise.
 """
 
 from __future__ import annotations

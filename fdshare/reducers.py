@@ -75,7 +75,8 @@ class Unpacking:
             for obj in reversed(self.built):
                 obj.close()
             self.handles.close()
-        elif not all(self.given):
+            return
+        if not all(self.given):
             for handle, given in zip(self.handles, self.given, strict=True):
                 if not given:
                     handle.close()

@@ -27,6 +27,8 @@ CONTROL_SIZE = socket.CMSG_SPACE(4 * MAX_FDS_PER_PACKET) + 64
 """Bytes of control buffer for every read: the most descriptors of one packet, and credentials, should somebody ask for them.
 A smaller one would lose descriptors, and leak them on macOS."""
 
+_SCM_PIDFD = 4 if sys.platform == "linux" else -1  # absent from the socket module
+
 CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # absent on macOS
 NOW = socket.MSG_DONTWAIT
 PEEK = socket.MSG_PEEK
@@ -82,6 +84,7 @@ class Arrived(tuple[Any, ...]):
             # An interrupt inside leaves the list shorter: the rest is still ours.
             handles.extend(map(FdHandle, numbers_in(self[1])[len(handles) :]))
             self._adopted = True
+            _close_pidfds(self[1])
         return self._handles
 
     def close(self) -> None:
@@ -92,6 +95,14 @@ class Arrived(tuple[Any, ...]):
         if self[1] and not self._adopted:
             for fd in numbers_in(self[1])[len(self.__dict__.get("_handles", ())) :]:
                 os.close(fd)
+            _close_pidfds(self[1])
+
+
+def _close_pidfds(ancillary: Iterable[tuple[int, int, bytes]]) -> None:
+    """Close what the kernel adds on its own where somebody has set SO_PASSPIDFD on the socket."""
+    for level, type, data in ancillary:
+        if (level, type) == (socket.SOL_SOCKET, _SCM_PIDFD):
+            os.close(int.from_bytes(data, sys.byteorder))
 
 
 def numbers_in(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
@@ -192,7 +203,8 @@ def send_fds(sock: socket.socket, buffers: Iterable[Any], fds: Iterable[HasFilen
         OSError: as sendmsg(2): EBADF, EPIPE, ETOOMANYREFS, EAGAIN, …
     """
     pieces = [memoryview(piece).cast("B") for piece in buffers]
-    numbers = [as_fd(fd) for fd in fds]
+    owners = list(fds)  # alive until they are sent, also those that a generator made
+    numbers = [as_fd(owner) for owner in owners]
     if numbers and not any(map(len, pieces)):
         raise ValueError("descriptors need at least one byte of data: a stream loses them otherwise")
     if len(numbers) > MAX_FDS_PER_PACKET:

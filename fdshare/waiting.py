@@ -84,7 +84,11 @@ class ChannelSet:
         self._numbers[channel] = number
 
     def discard(self, channel: HasFileno) -> None:
-        """Stop watching ``channel``; harmless where it is not watched, or was closed meanwhile."""
+        """Stop watching ``channel``; harmless where it is not watched, or was closed meanwhile.
+
+        Raises:
+            ValueError: the set is closed.
+        """
         number = self._numbers.pop(channel, None)
         if number is not None:
             self._selector.unregister(number)
@@ -94,6 +98,9 @@ class ChannelSet:
 
         Args:
             timeout: seconds; None waits for ever, 0 only looks.
+
+        Raises:
+            ValueError: the set is closed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -110,7 +117,11 @@ class ChannelSet:
         return channel in self._numbers
 
     def close(self) -> None:
-        """Close the set; its channels stay open."""
+        """Close the set; its channels stay open.
+
+        Raises:
+            OSError: as close(2).
+        """
         self._numbers.clear()
         self._selector.close()
 

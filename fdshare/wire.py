@@ -174,6 +174,21 @@ def align(offset: int, size: int) -> int:
     return (offset + unit - 1) & -unit
 
 
+_ZEROS = memoryview(bytes(PAGE))
+
+
+def lay_out(parts: list[Any], size: int, buffers: list[memoryview]) -> tuple[list[Any], int]:
+    """Return the pieces of a segment, ``parts`` of ``size`` bytes and the aligned buffers, and its size in bytes."""
+    parts, offset = list(parts), size
+    for buffer in buffers:
+        begin = align(offset, buffer.nbytes)
+        if begin > offset:
+            parts.append(_ZEROS[: begin - offset])
+        parts.append(buffer)
+        offset = begin + buffer.nbytes
+    return parts, offset
+
+
 def pack_table(buffers: list[memoryview]) -> bytes:
     """Return the buffer table: size and read-only mark of each."""
     return struct.pack(f"<{len(buffers)}Q", *[b.nbytes | (_READ_ONLY if b.readonly else 0) for b in buffers])
