@@ -61,9 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     if out:
         out.mkdir(parents=True, exist_ok=True)
         pinned = [row for row in rows if row.mode == "pinned"] or rows
-        note = (
-            f"one run, both processes on one CPU; {facts['cpu']}, {facts['system']}, Python {facts['python']}"
-        )
+        note = f"one run, both processes on one CPU; {facts['cpu']}, {facts['system']}, {facts['python']}"
         (out / "chart.svg").write_text(chart.to_svg(pinned, note), encoding="utf-8")
         (out / "results.md").write_text(report.to_markdown(rows, facts, "chart.svg"), encoding="utf-8")
         (out / "results.json").write_text(

@@ -20,7 +20,7 @@ def facts() -> dict[str, str]:
         "system": f"{platform.system()} {kernel_version(platform.release())}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "numpy": _version("numpy"),
-        "fdshare": _version("fdshare"),
+        "fdshare": _fdshare_version(),
     }
     if hasattr(os, "getloadavg"):
         found["load before the run"] = f"{os.getloadavg()[0]:.2f}"
@@ -38,6 +38,15 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _fdshare_version() -> str:
+    """Return the version of what the workers import: a checkout has no metadata."""
+    try:
+        from fdshare import __version__
+    except Exception as error:  # noqa: BLE001 -- whatever it is, the workers' rows will say it
+        return f"does not import ({type(error).__name__})"
+    return __version__
 
 
 def _cpu_model() -> str:

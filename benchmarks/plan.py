@@ -39,7 +39,7 @@ CASES: tuple[Case, ...] = (
         ("fdshare", MP, "bare Python", "C"), MP,
     ),
     Case(
-        "handle", "message with 1 FdHandle (against a socket)", "Descriptors", descriptors.run_handle,
+        "handle", "one FdHandle (against one socket)", "Descriptors", descriptors.run_handle,
         ("fdshare", MP, "DupFd", "send_handle", "C"), MP, Target("faster", 10),
     ),
     Case(

@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKER_TIMEOUT = 120.0
 """Seconds after which a worker counts as broken: some ten times what the slowest takes."""
 
+HEAVY_ROUNDS = 2
+"""Rounds of a heavy case: its single operations are long enough to be steady, and would take minutes."""
+
 
 @attrs.frozen
 class Settings:
@@ -60,7 +63,8 @@ def run_cases(
         )  # the first often serves interrupts
         for case in cases:
             progress(f"{mode}: {case.title}")
-            rows.append(_run_case(case, mode, rounds, settings.budget, cpu, environment))
+            count = min(rounds, HEAVY_ROUNDS) if case.heavy else rounds
+            rows.append(_run_case(case, mode, count, settings.budget, cpu, environment))
     return rows
 
 
