@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from c_programs import TIMEOUT
 
+from fdshare.testing import room_for
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -36,5 +38,5 @@ def connected_pair(kind: str) -> Iterator[Pair]:
     """Two connected sockets; the first one gives up after ``TIMEOUT`` seconds instead of blocking for ever."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, type_of(kind))
     ours.settimeout(TIMEOUT)
-    with ours, theirs:
+    with ours, theirs, room_for(1000):  # a message of 253 is held twice, before it is received and after
         yield ours, theirs
