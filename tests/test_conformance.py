@@ -4,11 +4,11 @@ forks and signals in the middle of traffic, and a gigabyte."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 import signal
 import sys
-import threading
 import warnings
 import zlib
 from collections import Counter
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from helpers import METHODS, TRANSPORTS, running
 
 import fdshare
 from fdshare import Channel, FdHandle, PeerClosedError
@@ -29,9 +30,6 @@ from fdshare.testing import (
     read_number,
     room_for,
 )
-
-TRANSPORTS = ("seqpacket", "stream")
-METHODS = ("fork", "forkserver", "spawn")
 
 
 class TestSeqpacket(ChannelConformance):
@@ -59,39 +57,6 @@ def pair(transport: str) -> Iterator[tuple[Channel, Channel]]:
     a, b = fdshare.Pipe(transport=transport)
     with a, b:
         yield a, b
-
-
-@contextlib.contextmanager
-def running(*targets: Callable[[], object], closing: tuple[Channel, ...] = ()) -> Iterator[None]:
-    """Run functions in threads beside the block, and raise what failed first, in the block or in a thread.
-
-    Then the channels in ``closing`` are closed at once, so that nobody waits for one that has failed.
-    """
-    errors: list[BaseException] = []
-
-    def note(error: BaseException) -> None:
-        errors.append(error)
-        for channel in closing:
-            channel.close()
-
-    def guarded(target: Callable[[], object]) -> None:
-        try:
-            target()
-        except BaseException as error:  # noqa: BLE001 -- raised below
-            note(error)
-
-    threads = [threading.Thread(target=guarded, args=(target,)) for target in targets]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    except BaseException as error:  # noqa: BLE001 -- raised below
-        note(error)
-    for thread in threads:
-        thread.join(40)
-    if errors:
-        raise errors[0]
-    assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
 
 
 # every kind of message, each of which says which one it is
@@ -412,6 +377,12 @@ def _interrupted_receiver(transport: str, count: int, seed: int) -> int:
     return interrupt.hits
 
 
+def send_and_tell(channel: Channel, message: object) -> bool:
+    """Send; True says that the call came back."""
+    channel.send(message, timeout=20)
+    return True
+
+
 def _interrupted_sender(transport: str, count: int, seed: int) -> int:
     expect_drops()
     a, b = fdshare.Pipe(transport=transport)
@@ -429,7 +400,7 @@ def _interrupted_sender(transport: str, count: int, seed: int) -> int:
     with a, b, running(receive, closing=(a, b)):
         for number in range(count):
             message, handles = compose(number, INTERRUPTED_KINDS[number % len(INTERRUPTED_KINDS)])
-            if interrupt(lambda message=message: [a.send(message, timeout=20)]):  # type: ignore[misc]
+            if interrupt(functools.partial(send_and_tell, a, message)):
                 certain.append(number)
             for handle in handles:
                 handle.close()
@@ -528,7 +499,12 @@ def test_bundle_of_all_kinds_needs_room_once(pair: tuple[Channel, Channel]) -> N
     a, b = pair
     with room_for(16_000):
         handles = [numbered_handle(i) for i in range(5000)]
-        with running(lambda: [a.send("before"), a.send(handles), a.send("after")], closing=pair):
+
+        def send() -> None:
+            for message in ("before", handles, "after"):
+                a.send(message)
+
+        with running(send, closing=pair):
             assert b.recv(timeout=30) == "before"
             received = b.recv(timeout=30)
             assert b.recv(timeout=30) == "after"

@@ -1,0 +1,118 @@
+"""What several test modules share: pairs of channels, one end of them bare, and functions beside the test."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fdshare import Channel, wire
+
+TRANSPORTS = ("seqpacket", "stream")
+METHODS = ("fork", "forkserver", "spawn")
+SOCKET_TYPES = {"seqpacket": socket.SOCK_SEQPACKET, "stream": socket.SOCK_STREAM}
+
+
+@contextlib.contextmanager
+def running(*targets: Callable[[], object], closing: tuple[Channel, ...] = ()) -> Iterator[None]:
+    """Run functions in threads beside the block, and raise what failed first, in the block or in a thread.
+
+    Then the channels in ``closing`` are closed at once, so that nobody waits for one that has failed.
+    """
+    errors: list[BaseException] = []
+
+    def note(error: BaseException) -> None:
+        errors.append(error)
+        for channel in closing:
+            channel.close()
+
+    def guarded(target: Callable[[], object]) -> None:
+        try:
+            target()
+        except BaseException as error:  # noqa: BLE001 -- raised below
+            note(error)
+
+    threads = [threading.Thread(target=guarded, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 -- raised below
+        note(error)
+    for thread in threads:
+        thread.join(40)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
+
+
+@contextlib.contextmanager
+def bare_pair(transport: str) -> Iterator[tuple[Channel, socket.socket]]:
+    """A channel, and the bare socket at the other end of it."""
+    ours, bare = socket.socketpair(socket.AF_UNIX, SOCKET_TYPES[transport])
+    bare.settimeout(20)
+    with bare, Channel(ours) as channel:
+        yield channel, bare
+
+
+Piece = tuple[bytes, list[int]]
+"""Bytes and the descriptors that came, or go, with them."""
+
+
+def capture(bare: socket.socket) -> list[Piece]:
+    """Take everything off a bare socket that is in it now, in the pieces in which a channel had sent it.
+
+    A packet is a piece.  A frame is three: the header, the byte after it, which brings the descriptors, and the rest;
+    read at once they would coalesce, and nobody could tell which byte the descriptors came with.
+    """
+    pieces: list[Piece] = []
+    stream = bare.type == socket.SOCK_STREAM
+    bare.setblocking(False)
+    try:
+        while True:
+            pieces.append(_read(bare, wire.HEADER_SIZE if stream else 1 << 20))
+            size = wire.unpack(pieces[-1][0]).inline_size if stream else 0
+            for part in (1, size) if stream and size else (1,) if stream else ():
+                pieces.append(_read(bare, part))
+    except (BlockingIOError, EOFError):
+        return pieces
+    finally:
+        bare.settimeout(20)
+
+
+def _read(bare: socket.socket, size: int) -> Piece:
+    # Not socket.recv_fds: in Python 3.11 it ignores its flags.
+    data, ancillary, _, _ = bare.recvmsg(size, 4096, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        raise EOFError
+    numbers = array.array("i")
+    for _, _, rights in ancillary:
+        numbers.frombytes(rights)
+    return data, list(numbers)
+
+
+def inject(bare: socket.socket, pieces: list[Piece]) -> None:
+    """Put pieces into a bare socket."""
+    for data, fds in pieces:
+        socket.send_fds(bare, [data], fds)
+
+
+def close_pieces(pieces: list[Piece]) -> None:
+    """Close the descriptors of captured pieces."""
+    for _, fds in pieces:
+        for fd in fds:
+            os.close(fd)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Look at a condition again and again until it holds; fail after ``seconds``."""
+    import time
+
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.001)
