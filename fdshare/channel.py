@@ -80,9 +80,9 @@ class Channel:
         self._codec: Codec = codec or _PICKLE
         self._encode = self._codec.encode
         # The fast paths: bare pickles, where the kernel keeps packets apart.
-        self._bare = codec is None and transport.name == "seqpacket"
-        self._receives_bare = self._bare and readable
-        self._send_bare = sock.send if self._bare and writable else None
+        transport.bare = codec is None and transport.name == "seqpacket"
+        transport.plain = transport.bare and readable
+        self._send_bare = sock.send if transport.bare and writable else None
 
     # --- messages -------------------------------------------------------------------------------------------------------
 
@@ -126,8 +126,8 @@ class Channel:
             DescriptorsLostError: some of its descriptors were dropped on the way.
             ProtocolError: the peer does not speak the protocol; the channel is closed now.
         """
-        if timeout is None and self._receives_bare and not other_threads():
-            transport = self._transport
+        transport = self._transport
+        if timeout is None and transport.plain and not other_threads():
             if not transport.arrived:
                 try:
                     for transport.arrived in transport.arrivals:  # noqa: B020 -- an attribute as target
@@ -286,9 +286,10 @@ class Channel:
             payload = [wire.pack_table(out.buffers), *payload]
         size = sum(map(len, payload))
         if size <= max_inline and not out.buffers:
-            if self._bare and not fds and type == wire.MESSAGE:
+            if self._transport.bare and not fds and type == wire.MESSAGE:
                 self._transport.send(b"", payload, (), deadline)
             else:
+                flags = wire.BUNDLE if len(fds) > wire.MAX_FDS_PER_PACKET else 0
                 header = wire.pack(type, flags, len(fds), 0, size, 0, _nonce() if fds else 0)
                 self._with_bundle(header, payload, fds, deadline)
             return
@@ -297,23 +298,25 @@ class Channel:
         else:
             parts = []
         parts, segment_size = wire.lay_out(parts, size if flags else 0, out.buffers)
-        self._transport.reserve(segment_size, deadline)
+        flags |= wire.SEGMENT if len(fds) < wire.MAX_FDS_PER_PACKET else wire.SEGMENT | wire.BUNDLE
+        # All bounds are checked before memory is spent.
+        header = wire.pack(type, flags, len(fds), len(out.buffers), size, segment_size, _nonce())
+        transport = self._transport
+        reservation = transport.reserve(segment_size, deadline)
         segment, sealed = memory.write_segment(parts)
         with segment:
-            flags |= wire.SEGMENT if sealed else wire.SEGMENT | wire.FILE
-            if len(fds) + 1 > wire.MAX_FDS_PER_PACKET:
-                flags |= wire.BUNDLE
-            header = wire.pack(type, flags, len(fds), len(out.buffers), size, segment_size, _nonce())
-            unread = self._transport.unread()
+            if not sealed:
+                header = wire.with_flag(header, wire.FILE)
+            unread = transport.unread()
             self._with_bundle(header, payload, [*fds, segment.fileno()], deadline)
-            self._transport.note_in_flight(segment_size, unread)
+            transport.note_in_flight(reservation, unread)
 
     def _with_bundle(self, header: bytes, payload: list[Any], fds: list[int], deadline: float | None) -> None:
         if len(fds) <= wire.MAX_FDS_PER_PACKET:
             self._transport.send(header, payload, fds, deadline)
             return
-        with rights.make_bundle(fds) as bundle:
-            self._transport.send(wire.with_flag(header, wire.BUNDLE), payload, [bundle.fileno()], deadline)
+        with self._transport.bundle(fds, deadline) as bundle:
+            self._transport.send(header, payload, [bundle.fileno()], deadline)
 
     def _recv_slowly(self, timeout: float | None, type: int) -> Any:
         self._check(self._readable, "write-only")

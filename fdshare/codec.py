@@ -27,7 +27,7 @@ __all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec"]
 PROTOCOL = 5
 """The pickle protocol: the first with out-of-band buffers (PEP 574), of Python 3.8."""
 
-INLINE_BUFFER = MAX_INLINE // 2
+INLINE_BUFFER = MAX_INLINE - 8192
 """Buffers below this size, bytes, are copied into the pickle: a segment costs more than the copy."""
 
 _MAX_SPARE = 8
@@ -140,7 +140,10 @@ class _Lender:
     def take_outgoing(self) -> Outgoing:
         """Hand the finished message over, and be ready for the next."""
         outgoing, self.outgoing = self.outgoing or Outgoing(), None
-        outgoing.payload = self.chunks.copy()
+        # Pickle hands a large buffer through as the PickleBuffer that it is.
+        outgoing.payload = [
+            piece if type(piece) is bytes else memoryview(piece).cast("B") for piece in self.chunks
+        ]
         self.chunks.clear()
         self.moving = 0
         return outgoing

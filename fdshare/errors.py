@@ -43,8 +43,9 @@ class PeerClosedError(FdShareError, EOFError, BrokenPipeError):
     """The other side was closed or died, while receiving (as EOFError) or sending (as BrokenPipeError)."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(
-            *(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the peer has closed"))
+        # EOFError's own __init__ comes first, and would leave errno unset.
+        OSError.__init__(
+            self, *(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the peer has closed"))
         )
 
 

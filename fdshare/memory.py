@@ -13,13 +13,15 @@ import mmap
 import os
 import resource
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from fdshare.errors import DecodeError, FdLimitError, NoSpaceError
 from fdshare.handle import FdHandle, own
 
-__all__ = ["HAVE_MEMFD", "map_segment", "write_segment"]
+__all__ = ["HAVE_MEMFD", "map_segment", "prepare_to_map", "write_segment"]
+
+T = TypeVar("T")
 
 HAVE_MEMFD = hasattr(os, "memfd_create")
 """Whether segments are memfds; read at each use, so that tests can switch it off."""
@@ -124,7 +126,7 @@ def map_segment(handle: FdHandle, size: int, *, sealed: bool) -> memoryview:
         if not size:
             return memoryview(bytearray())
         if not sealed:
-            return _read(fd, size)
+            return _mapped(_read, fd, size)
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError as error:
@@ -132,11 +134,18 @@ def map_segment(handle: FdHandle, size: int, *, sealed: bool) -> memoryview:
         needed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE
         if seals & needed != needed:
             raise DecodeError(f"a message's segment is not sealed (seals {seals:#x})")
-        return memoryview(_map_private(fd, size))
+        return memoryview(_mapped(_map_private, fd, size))
+
+
+def _mapped(function: Callable[[int, int], T], fd: int, size: int) -> T:
+    try:
+        return function(fd, size)
+    except (OSError, MemoryError, ValueError) as error:
+        raise DecodeError(f"no memory for a message's segment of {size} bytes: {error}") from error
 
 
 def _read(fd: int, size: int) -> memoryview:
-    view = memoryview(mmap.mmap(-1, size))
+    view = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     done = 0
     while done < size:
         count = os.preadv(fd, [view[done:]], done)
@@ -148,6 +157,9 @@ def _read(fd: int, size: int) -> memoryview:
 
 if sys.version_info >= (3, 13):
 
+    def prepare_to_map() -> None:
+        """Load what mapping needs, while a message can still wait."""
+
     def _map_private(fd: int, size: int) -> mmap.mmap:
         return mmap.mmap(fd, size, access=mmap.ACCESS_COPY, trackfd=False)
 
@@ -156,15 +168,21 @@ else:
     # thousand descriptors.  An anonymous mapping keeps none; the segment is then mapped over it.
     _libc_mmap: Any = None
 
-    def _map_private(fd: int, size: int) -> mmap.mmap:
+    def prepare_to_map() -> None:
+        """Load what mapping needs, while a message can still wait."""
         global _libc_mmap
-        import ctypes
-
         if _libc_mmap is None:
+            import ctypes
+
             function = ctypes.CDLL(None, use_errno=True).mmap
             function.restype = ctypes.c_void_p
             function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
             _libc_mmap = function
+
+    def _map_private(fd: int, size: int) -> mmap.mmap:
+        import ctypes
+
+        prepare_to_map()
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         flags = mmap.MAP_PRIVATE | _MAP_FIXED

@@ -11,6 +11,7 @@ import array
 import errno
 import os
 import resource
+import select
 import socket
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,11 +30,15 @@ A smaller one would lose descriptors, and leak them on macOS."""
 
 _SCM_PIDFD = 4 if sys.platform == "linux" else -1  # absent from the socket module
 
-CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # absent on macOS
-NOW = socket.MSG_DONTWAIT
-PEEK = socket.MSG_PEEK
-SEND: int = getattr(socket, "MSG_NOSIGNAL", 0)
+# Plain ints: each operation on the socket module's IntFlags takes longer than a system call.
+CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # absent on macOS
+NOW = int(socket.MSG_DONTWAIT)
+PEEK = int(socket.MSG_PEEK)
+SEND = int(getattr(socket, "MSG_NOSIGNAL", 0))
 SEND_NOW = SEND | NOW
+TRUNCATED = int(socket.MSG_TRUNC)
+CONTROL_TRUNCATED = int(socket.MSG_CTRUNC)
+_RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
 
 
 def descriptor_limit() -> int:
@@ -56,7 +61,37 @@ def has_room_for(count: int) -> bool:
             return True
     except (OSError, StopIteration):
         pass
-    return open_descriptors() + count <= limit
+    try:
+        return open_descriptors() + count <= limit
+    except OSError:  # not even one more
+        return False
+
+
+_MAX_PROBES = 64
+_probes: dict[tuple[int, int], tuple[select.poll, list[tuple[int, int]]]] = {}
+
+
+def is_top_free(count: int) -> bool:
+    """Whether the ``count`` highest descriptor numbers are unused, which proves room for as many, in one system call.
+
+    Holds as long as no other thread opens something.
+    """
+    limit = descriptor_limit()
+    if limit < count or limit > _INT_MAX:
+        return False
+    found = _probes.get((limit, count))
+    if found is None:
+        if len(_probes) >= _MAX_PROBES:
+            _probes.clear()
+        numbers = range(limit - count, limit)
+        probe = select.poll()
+        for number in numbers:
+            probe.register(number, 0)
+        found = _probes[limit, count] = probe, [(number, select.POLLNVAL) for number in numbers]
+    return found[0].poll(0) == found[1]
+
+
+_INT_MAX = 2**31 - 1
 
 
 def limit_error(needed: int) -> FdLimitError:
@@ -109,7 +144,7 @@ def numbers_in(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
     """Return the descriptors in what ``recvmsg`` gave, close-on-exec."""
     numbers = array.array("i")
     for level, type, data in ancillary:
-        if level == socket.SOL_SOCKET and type == socket.SCM_RIGHTS:
+        if (level, type) == _RIGHTS:
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     if not CLOEXEC:
         for fd in numbers:
@@ -119,7 +154,7 @@ def numbers_in(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
 
 def rights(fds: Sequence[int]) -> list[tuple[int, int, Any]]:
     """Return the ancillary data that carries ``fds``: one control message, as some systems deliver only one."""
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    return [(*_RIGHTS, array.array("i", fds))] if fds else []
 
 
 def has_room_for_one() -> bool:
@@ -173,7 +208,7 @@ def unbundle(bundle: FdHandle, total: int) -> Handles:
                     adopted = batch.adopt()
                     handles += adopted
                     adopted.clear()
-                if not batch[0] or batch[2] & socket.MSG_CTRUNC:
+                if not batch[0] or batch[2] & CONTROL_TRUNCATED:
                     break
     except OSError as error:
         handles.close()
@@ -231,7 +266,7 @@ def recv_fds(sock: socket.socket, bufsize: int, maxfds: int) -> tuple[bytes, lis
     for arrived in map(Arrived, starmap(sock.recvmsg, ((bufsize, CONTROL_SIZE, CLOEXEC),))):  # noqa: B007 -- see above
         break
     handles = arrived.adopt()
-    if arrived[2] & socket.MSG_CTRUNC:
+    if arrived[2] & CONTROL_TRUNCATED:
         handles.close()
         raise lost(len(handles) + 1, len(handles))
     if len(handles) > maxfds:

@@ -28,12 +28,13 @@ import sys
 import termios
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from itertools import repeat, starmap
 from typing import Any, NamedTuple
 
-from fdshare import rights, wire
+from fdshare import memory, rights, wire
 from fdshare.errors import (
     AccessDeniedError,
     ClosedError,
@@ -50,6 +51,9 @@ __all__ = ["Packet", "Transport"]
 DRAIN_SECONDS = 1.0
 """How long a sender waits, without a timeout of its own, for descriptors in flight to drain (ETOOMANYREFS)."""
 
+CRAMPED_TICK_SECONDS = 0.05
+"""How often a blocked call looks whether its channel was closed when no descriptor is left to be woken by."""
+
 WARN_SECONDS = 5.0
 """After this time a sender that waits for ``max_inflight`` and has unread messages itself says so in the log."""
 
@@ -58,6 +62,9 @@ TICK_SECONDS = 0.001
 
 DEFAULT_MAX_INFLIGHT = 256 * 2**20
 """Bytes of segments that may be sent and not yet taken, from one Channel object."""
+
+_MANY_FLYING = 32
+"""Records of sent segments beyond which those that were taken are dropped at once."""
 
 other_threads = _thread._count
 """How many Python threads there are beside the main one, in 30 ns."""
@@ -82,6 +89,15 @@ class Packet(NamedTuple):
     """Bytes-like: what came in the packet itself."""
     handles: Handles
     """Its descriptors, all of them, the segment's last."""
+
+
+class Reservation:
+    """Room under ``max_inflight`` for a segment that is being sent."""
+
+    __slots__ = ("__weakref__", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
 
 
 class _Waker:
@@ -124,9 +140,14 @@ class Transport:
         self.arrived: Any = None  # a result of recvmsg that nobody has taken yet
         self.arrivals = starmap(sock.recvmsg, repeat((wire.PACKET_SIZE, rights.CONTROL_SIZE, rights.CLOEXEC)))
         self._sent = 0  # bytes of the present frame that the kernel has; for streams
+        self.bare = False  # whether packets without a header are spoken here
+        self.plain = False  # whether the next packet may be taken without looking for room first
         self._flying: deque[tuple[int, int]] = (
             deque()
         )  # segment bytes, and what their packet added to the queue
+        self._flying_bytes = 0
+        self._reserved: weakref.WeakSet[Reservation] = weakref.WeakSet()
+        self._accounting = threading.Lock()
         self._fork_count = _fork_count
         self._reading = threading.RLock()
         self._writing = threading.RLock()
@@ -140,6 +161,7 @@ class Transport:
             raise ClosedError("this channel was closed")
         if self._fork_count != _fork_count:
             self._reading, self._writing = threading.RLock(), threading.RLock()
+            self._accounting = threading.Lock()
             self._wakers = set()
             self._fork_count = _fork_count
             self._after_fork()
@@ -164,7 +186,16 @@ class Transport:
         poll.register(self.sock, events)
         if not other_threads():  # nobody could close it under us
             return _poll(poll, deadline)
-        with _Waker() as waker:
+        try:
+            waker = _Waker()
+        except OSError:  # no descriptor left: look often instead
+            found = 0
+            while not (found or self.closed or (deadline is not None and time.monotonic() >= deadline)):
+                tick = time.monotonic() + CRAMPED_TICK_SECONDS
+                found = _poll(poll, tick if deadline is None else min(tick, deadline))
+            self.check_open()
+            return found
+        with waker:
             poll.register(waker.reader.fileno(), select.POLLIN)
             self._wakers.add(waker)
             try:
@@ -210,19 +241,28 @@ class Transport:
             fcntl.ioctl(self.sock, termios.TIOCOUTQ, buffer)
         except OSError:
             return 0
+        except ValueError as error:  # closed meanwhile: the number is -1
+            raise ClosedError("this channel was closed") from error
         return int.from_bytes(buffer, sys.byteorder)
 
-    def reserve(self, size: int, deadline: float | None) -> None:
+    def reserve(self, size: int, deadline: float | None) -> Reservation:
         """Wait until ``size`` more bytes of segments fit under ``max_inflight``; into an empty queue any size does.
+
+        Returns:
+            the reservation, which holds as long as it is referenced, or until :meth:`note_in_flight`.
 
         Raises:
             TimeoutError: the deadline has passed.
         """
+        mine = Reservation(size)
         warn_at = time.monotonic() + WARN_SECONDS
-        while self._flying and sum(flying[0] for flying in self._flying) + size > self.max_inflight:
-            self._forget_delivered()
-            if not self._flying:
-                return
+        while True:
+            with self._accounting:
+                if len(self._flying) >= _MANY_FLYING or not self._fits(size):
+                    self._forget_delivered()
+                if self._fits(size):
+                    self._reserved.add(mine)
+                    return mine
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 raise TimeoutError(
@@ -230,14 +270,21 @@ class Transport:
                 )
             found = self.wait(select.POLLIN if now > warn_at else 0, now + TICK_SECONDS)
             if found & (select.POLLERR | select.POLLHUP):
-                return  # the send will say so
+                return mine  # the send will say so
             if found & select.POLLIN:
                 warn_at = math.inf
                 _warn_of_deadlock(self.max_inflight)
 
-    def note_in_flight(self, size: int, unread_before: int) -> None:
-        """Record a sent segment of ``size`` bytes."""
-        self._flying.append((size, max(0, self.unread() - unread_before)))
+    def _fits(self, size: int) -> bool:
+        taken = self._flying_bytes + sum(reservation.size for reservation in self._reserved)
+        return not taken or taken + size <= self.max_inflight
+
+    def note_in_flight(self, reservation: Reservation, unread_before: int) -> None:
+        """Record that the reserved segment was sent, when ``unread_before`` bytes were queued."""
+        with self._accounting:
+            self._flying.append((reservation.size, max(0, self.unread() - unread_before)))
+            self._flying_bytes += reservation.size
+            self._reserved.discard(reservation)
 
     def _forget_delivered(self) -> None:
         """Drop the record of segments whose packets were taken: the queue is first in, first out."""
@@ -245,11 +292,9 @@ class Transport:
         for index in range(len(self._flying) - 1, -1, -1):
             if unread <= behind:
                 for _ in range(index + 1):
-                    self._flying.popleft()
+                    self._flying_bytes -= self._flying.popleft()[0]
                 return
             behind += self._flying[index][1]
-        if unread <= 0:
-            self._flying.clear()
 
     # --- sending --------------------------------------------------------------------------------------------------------
 
@@ -261,7 +306,7 @@ class Transport:
             OSError: EMSGSIZE, for the caller to find another way.
         """
         arguments = ((buffers, rights.rights(fds), rights.SEND_NOW),)
-        drained = None
+        drained: float | None = None
         while True:
             self.check_open()
             try:
@@ -271,20 +316,50 @@ class Transport:
             except BlockingIOError:
                 self.wait_or_raise(select.POLLOUT, deadline)
             except OSError as error:
-                if error.errno in (errno.ETOOMANYREFS, errno.ENOBUFS):
-                    now = time.monotonic()
-                    drained = drained or (now + DRAIN_SECONDS if deadline is None else deadline)
-                    if now < drained and not self.wait(0, now + TICK_SECONDS):
-                        continue
-                raise self._send_error(error, fds) from error
+                drained = self._wait_for_drain(error, fds, drained, deadline)
+
+    def bundle(self, fds: Sequence[int], deadline: float | None) -> socket.socket:
+        """Return a bundle of ``fds``, waiting for descriptors in flight to drain where the system wants that.
+
+        Raises:
+            FdLimitError, NotSendableError, ClosedError
+        """
+        drained: float | None = None
+        while True:
+            self.check_open()
+            try:
+                return rights.make_bundle(fds)
+            except OSError as error:
+                drained = self._wait_for_drain(error, fds, drained, deadline)
+
+    def _wait_for_drain(
+        self, error: OSError, fds: Sequence[int], drained: float | None, deadline: float | None
+    ) -> float:
+        """Pass time after ETOOMANYREFS or ENOBUFS; raise the typed error for any other, or when it has lasted.
+
+        ``drained`` is until when to try, None at first; returned for the next call.
+        """
+        if error.errno in (errno.ETOOMANYREFS, errno.ENOBUFS):
+            now = time.monotonic()
+            drained = drained or (now + DRAIN_SECONDS if deadline is None else deadline)
+            if now < drained and not self.wait(0, now + TICK_SECONDS):
+                return drained
+        raise self._send_error(error, fds) from error
 
     def _send_error(self, error: OSError, fds: Sequence[int]) -> Exception:
         if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED):
             return PeerClosedError(errno.EPIPE, "the other side of this channel was closed")
         if self.closed:
             return ClosedError("this channel was closed")
+        limit = rights.descriptor_limit()
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return FdLimitError(
+                error.errno,
+                f"no descriptor left for a bundle (limit {limit}): close some",
+                needed=2,
+                limit=limit,
+            )
         if error.errno == errno.ETOOMANYREFS:
-            limit = rights.descriptor_limit()
             return FdLimitError(
                 error.errno,
                 f"this user has too many descriptors in flight (limit {limit}): {len(fds)} more did not fit; "
@@ -368,10 +443,22 @@ class Transport:
             pass  # the read itself will say so
         return None
 
+    def _prepare(self, header: wire.Header) -> None:
+        """Load what the segment of a message to come will need, while it is still queued."""
+        if header.flags & wire.SEGMENT and not header.flags & wire.FILE:
+            try:
+                memory.prepare_to_map()
+            except (OSError, ImportError) as error:
+                raise rights.limit_error(header.total) from error
+
     def _check_room(self, peeked: Arrived, header: wire.Header) -> None:
         """Raise FdLimitError where the descriptors of a peeked packet do not fit into this process."""
         handles = peeked.adopt()
-        if len(handles) < header.carried and peeked[2] & socket.MSG_CTRUNC and not rights.has_room_for_one():
+        if (
+            len(handles) < header.carried
+            and peeked[2] & rights.CONTROL_TRUNCATED
+            and not rights.has_room_for_one()
+        ):
             handles.close()
             raise rights.limit_error(header.total)
         if header.flags & wire.BUNDLE and not rights.has_room_for(header.total):

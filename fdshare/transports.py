@@ -11,7 +11,7 @@ from fdshare import rights, wire
 from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import Handles
 from fdshare.rights import Arrived
-from fdshare.transport import DEFAULT_MAX_INFLIGHT, Packet, Transport
+from fdshare.transport import DEFAULT_MAX_INFLIGHT, Packet, Transport, other_threads
 
 __all__ = ["SeqpacketTransport", "StreamTransport", "socketpair", "transport_of"]
 
@@ -26,41 +26,66 @@ class SeqpacketTransport(Transport):
     """
 
     name = "seqpacket"
-    _noticed = False
+
+    def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
+        super().__init__(sock, max_inflight)
+        self._noticed: list[wire.Header] = []  # packets with descriptors that are on their way
 
     def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
         if fds:
-            self._send_step([wire.pack(wire.NOTICE, descriptors=len(fds))], (), deadline)
+            self._send_step([wire.notice_of(header)], (), deadline)
         self._send_step([header, *payload], fds, deadline)
 
     def _receive_now(self) -> Packet | None:
         while True:
-            peeked = None
-            if self._noticed and self.arrived is None:
-                peeked = self._peek(wire.PACKET_SIZE)
-                if peeked is None:
-                    return None
-                header = _header_or_none(peeked[0])
-                if header is not None and header.type != wire.NOTICE:
-                    self._check_room(peeked, header)
+            peeked = self._peek_if_cramped() if self._noticed and self.arrived is None else None
             arrived = self._fetch(wire.PACKET_SIZE)
             if arrived is None:
                 return None
-            self._noticed, self.arrived = False, None
             data, ancillary, _, _ = arrived
+            if data[:1] == _PICKLE_MARK and not ancillary:
+                self.arrived = None
+                if peeked is not None:
+                    peeked.close()
+                return Packet(None, data, Handles())
+            header = self._unpack(arrived)
+            if header.type == wire.NOTICE:
+                self._take_notice(header)
+                continue
+            self.arrived = None
             if (
                 peeked is not None and peeked[0] != data
             ):  # another reader took that one; the nonce tells twins apart
                 peeked.close()
                 peeked = None
-            if data[:1] == _PICKLE_MARK and not ancillary:
-                return Packet(None, data, Handles())
-            header = self._unpack(arrived)
-            if header.type != wire.NOTICE:
-                return Packet(
-                    header, memoryview(data)[wire.HEADER_SIZE :], self._complete(arrived, header, peeked)
-                )
-            self._noticed = True
+            if header.carried and self._noticed:
+                del self._noticed[0]
+                self.plain = self.bare and not self._noticed
+            return Packet(
+                header, memoryview(data)[wire.HEADER_SIZE :], self._complete(arrived, header, peeked)
+            )
+
+    def _take_notice(self, header: wire.Header) -> None:
+        self.plain = False
+        self._noticed.append(header)
+        self.arrived = None
+
+    def _peek_if_cramped(self) -> Arrived | None:
+        """See to it that the descriptors of the next packet will fit; return it peeked where that was needed.
+
+        Raises:
+            FdLimitError: they do not.
+        """
+        for header in self._noticed:
+            self._prepare(header)
+        if not other_threads() and all(map(_has_sure_room, self._noticed)):
+            return None
+        peeked = self._peek(wire.PACKET_SIZE)
+        if peeked is not None:
+            header_or_none = _header_or_none(peeked[0])
+            if header_or_none is not None and header_or_none.type != wire.NOTICE:
+                self._check_room(peeked, header_or_none)
+        return peeked
 
     def _unpack(self, arrived: Arrived) -> wire.Header:
         """Return the checked header of a packet."""
@@ -69,7 +94,7 @@ class SeqpacketTransport(Transport):
             if not data:
                 raise PeerClosedError("the other side of this channel was closed")
             header = wire.unpack(data)
-            if flags & socket.MSG_TRUNC or len(data) != wire.HEADER_SIZE + header.inline_size:
+            if flags & rights.TRUNCATED or len(data) != wire.HEADER_SIZE + header.inline_size:
                 raise ProtocolError(
                     f"a packet of {len(data)} bytes says {wire.HEADER_SIZE + header.inline_size}"
                 )
@@ -94,8 +119,14 @@ class SeqpacketTransport(Transport):
                     return True
                 arrived = self._fetch(wire.PACKET_SIZE)
                 if arrived is not None and arrived[0] == first and not arrived[1]:
-                    self._noticed, self.arrived = True, None
+                    self._take_notice(self._unpack(arrived))
             return True
+
+
+def _has_sure_room(header: wire.Header) -> bool:
+    return rights.is_top_free(header.carried) and (
+        not header.flags & wire.BUNDLE or rights.has_room_for(1 + header.total)
+    )
 
 
 def _header_or_none(data: bytes) -> wire.Header | None:
@@ -145,6 +176,7 @@ class StreamTransport(Transport):
             header, peeked = self._parser.header, None
             expected = header is not None and header.carried and self._brought is None
             if header is not None and expected and self.arrived is None:
+                self._prepare(header)
                 peeked = self._peek(1)
                 if peeked is None:
                     return None
