@@ -29,9 +29,7 @@ def main() -> int:
     path = parser.parse_args().socket
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        before = os.umask(
-            0o177
-        )  # only this user may connect: on Linux that takes write permission on the socket
+        before = os.umask(0o177)  # only this user may connect (Linux wants write permission for that)
         try:
             listener.bind(path)
         finally:

@@ -32,9 +32,8 @@ def main() -> int:
             sock.connect(options.socket)
             line = os.fsencode(os.path.basename(options.file)) + b"\n"
             sent = send_fds(sock, [line], [file])
-            sock.sendall(
-                line[sent:]
-            )  # a stream may take less than it was given; descriptors go with the first byte
+            if sent < len(line):  # a stream may take less; the descriptors went with the first byte
+                sock.sendall(line[sent:])
             print(f"process {os.getpid()} sent its descriptor {file.fileno()}, {options.file}")
     except OSError as error:
         print(f"fd_sender: {error}", file=sys.stderr)

@@ -49,9 +49,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def worker(channel: Channel) -> None:
     """A worker: serve each connection that arrives; at the end report how many."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the master says when it is over
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the master says when it is over
     served = 0
     no_server: Any = None  # the handler asks nothing of it
     for message in channel:
