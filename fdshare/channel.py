@@ -17,6 +17,7 @@ import select
 import socket
 import stat
 import time
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -196,14 +197,18 @@ class Channel:
 
         Raises:
             ValueError: ``maxlength`` is negative.
-            OSError: the message is longer than ``maxlength``; it is dropped, and the channel is closed as a Connection would be.
+            OSError: the message is longer than ``maxlength``; it is dropped, and nothing can be
+                received any more, as with a Connection.
             PeerClosedError, ClosedError, TimeoutError, ProtocolError: as for :meth:`recv`.
         """
         if maxlength is not None and maxlength < 0:
             raise ValueError("negative maxlength")
         data = self._recv_slowly(timeout, wire.BYTES)
         if maxlength is not None and len(data) > maxlength:
-            self.close()
+            if self._writable:  # as a Connection: it can still send
+                self._readable = self._transport.plain = False
+            else:
+                self.close()
             raise OSError(f"a message of {len(data)} bytes is longer than maxlength {maxlength}")
         return bytes(data)
 
@@ -285,7 +290,11 @@ class Channel:
         if out.buffers:
             payload = [wire.pack_table(out.buffers), *payload]
         size = sum(map(len, payload))
-        if size <= max_inline and not out.buffers:
+        # More than a little goes inline only where it cannot block: the queue is empty.
+        if not out.buffers and (
+            size <= min(max_inline, wire.ALWAYS_INLINE)
+            or (size <= max_inline and not self._transport.unread())
+        ):
             if self._transport.bare and not fds and type == wire.MESSAGE:
                 self._transport.send(b"", payload, (), deadline)
             else:
@@ -293,7 +302,7 @@ class Channel:
                 header = wire.pack(type, flags, len(fds), 0, size, 0, _nonce() if fds else 0)
                 self._with_bundle(header, payload, fds, deadline)
             return
-        if size > max_inline:
+        if not out.buffers or size > min(max_inline, wire.ALWAYS_INLINE):
             flags, parts, payload = wire.IN_SEGMENT, payload, []
         else:
             parts = []
@@ -307,9 +316,8 @@ class Channel:
         with segment:
             if not sealed:
                 header = wire.with_flag(header, wire.FILE)
-            unread = transport.unread()
             self._with_bundle(header, payload, [*fds, segment.fileno()], deadline)
-            transport.note_in_flight(reservation, unread)
+            transport.note_in_flight(reservation)
 
     def _with_bundle(self, header: bytes, payload: list[Any], fds: list[int], deadline: float | None) -> None:
         if len(fds) <= wire.MAX_FDS_PER_PACKET:
@@ -419,6 +427,15 @@ class Channel:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"fd={self._transport.sock.fileno()}"
         return f"<Channel {state} {self.transport}>"
+
+    def __del__(self) -> None:
+        transport = getattr(self, "_transport", None)  # unset where __init__ raised
+        if transport is not None and not transport.closed:
+            text = f"unclosed {self!r}"
+            try:
+                transport.close()
+            finally:
+                warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How any pickler but a channel's takes it: inherited while multiprocessing starts a process."""

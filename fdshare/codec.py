@@ -20,7 +20,7 @@ from fdshare import files as _files  # noqa: F401 -- registers how files travel
 from fdshare import reducers
 from fdshare.errors import DecodeError, NotSendableError
 from fdshare.handle import FdHandle, Handles, Moved
-from fdshare.wire import MAX_FDS_PER_PACKET, MAX_INLINE
+from fdshare.wire import ALWAYS_INLINE, MAX_FDS_PER_PACKET, MAX_INLINE
 
 __all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec"]
 
@@ -115,7 +115,7 @@ class Codec(Protocol):
     """What a channel needs to know of an encoding."""
 
     def encode(self, obj: Any) -> bytes | Outgoing:
-        """Return a bare pickle of at most ``wire.MAX_INLINE`` bytes, or the parts of any other message."""
+        """Return a bare pickle of at most ``wire.ALWAYS_INLINE`` bytes, or the parts of any other message."""
         ...
 
     def decode(self, message: Incoming) -> Any:
@@ -243,7 +243,7 @@ class PickleCodec:
         chunks = encoder.chunks
         if encoder.outgoing is None and len(chunks) == 1:
             data: bytes = chunks.pop()
-            if len(data) <= MAX_INLINE:
+            if len(data) <= ALWAYS_INLINE:
                 _spare.append(encoder)
                 return data
             return Outgoing([data])  # and no more of this encoder, which keeps a large memo table

@@ -39,13 +39,12 @@ class ClosedError(FdShareError, OSError):
         super().__init__(*(args if len(args) == 2 else (errno.EBADF, args[0] if args else "closed")))
 
 
-class PeerClosedError(FdShareError, EOFError, BrokenPipeError):
+class PeerClosedError(FdShareError, BrokenPipeError, EOFError):
     """The other side was closed or died, while receiving (as EOFError) or sending (as BrokenPipeError)."""
 
     def __init__(self, *args: object) -> None:
-        # EOFError's own __init__ comes first, and would leave errno unset.
-        OSError.__init__(
-            self, *(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the peer has closed"))
+        super().__init__(
+            *(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the peer has closed"))
         )
 
 

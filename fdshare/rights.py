@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from itertools import starmap
 from typing import Any
 
-from fdshare.errors import DescriptorsLostError, FdLimitError, ProtocolError
+from fdshare.errors import DescriptorsLostError, FdLimitError, MessageTooLargeError, ProtocolError
 from fdshare.handle import FdHandle, Handles, HasFileno, as_fd, to_socket
 from fdshare.wire import MAX_FDS_PER_PACKET
 
@@ -234,7 +234,8 @@ def send_fds(sock: socket.socket, buffers: Iterable[Any], fds: Iterable[HasFilen
         how many bytes were sent; on a stream that may be fewer than given, and the descriptors have gone with the first.
 
     Raises:
-        ValueError: no data, or more than 253 descriptors (SCM_MAX_FD of Linux).
+        ValueError: no data.
+        MessageTooLargeError: more than 253 descriptors (SCM_MAX_FD of Linux).
         OSError: as sendmsg(2): EBADF, EPIPE, ETOOMANYREFS, EAGAIN, …
     """
     pieces = [memoryview(piece).cast("B") for piece in buffers]
@@ -243,7 +244,9 @@ def send_fds(sock: socket.socket, buffers: Iterable[Any], fds: Iterable[HasFilen
     if numbers and not any(map(len, pieces)):
         raise ValueError("descriptors need at least one byte of data: a stream loses them otherwise")
     if len(numbers) > MAX_FDS_PER_PACKET:
-        raise ValueError(f"{len(numbers)} descriptors; one sendmsg takes at most {MAX_FDS_PER_PACKET}")
+        raise MessageTooLargeError(
+            f"{len(numbers)} descriptors; one sendmsg takes at most {MAX_FDS_PER_PACKET}"
+        )
     return sock.sendmsg(pieces, rights(numbers), SEND)
 
 
@@ -261,6 +264,7 @@ def recv_fds(sock: socket.socket, bufsize: int, maxfds: int) -> tuple[bytes, lis
     Raises:
         DescriptorsLostError: the kernel dropped some (no room, a security module); those that came were closed.
         ProtocolError: more than ``maxfds`` came; all of them were closed.
+        MessageTooLargeError: a packet (of SEQPACKET) is longer than ``bufsize``; its descriptors were closed.
         OSError: as recvmsg(2).
     """
     for arrived in map(Arrived, starmap(sock.recvmsg, ((bufsize, CONTROL_SIZE, CLOEXEC),))):  # noqa: B007 -- see above
@@ -269,6 +273,11 @@ def recv_fds(sock: socket.socket, bufsize: int, maxfds: int) -> tuple[bytes, lis
     if arrived[2] & CONTROL_TRUNCATED:
         handles.close()
         raise lost(len(handles) + 1, len(handles))
+    if arrived[2] & TRUNCATED:
+        handles.close()
+        raise MessageTooLargeError(
+            f"a packet is longer than the {bufsize} bytes asked for, and the rest of it is gone"
+        )
     if len(handles) > maxfds:
         handles.close()
         raise ProtocolError(f"{len(handles)} descriptors arrived; at most {maxfds} were asked for")

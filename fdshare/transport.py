@@ -20,6 +20,7 @@ from __future__ import annotations
 import _thread
 import errno
 import fcntl
+import functools
 import math
 import os
 import select
@@ -110,7 +111,10 @@ class _Waker:
             self.reader, self.writer = map(FdHandle, os.pipe())
 
     def wake(self) -> None:
-        os.write(self.writer.fileno(), (1).to_bytes(8, sys.byteorder))
+        try:
+            os.write(self.writer.fileno(), (1).to_bytes(8, sys.byteorder))
+        except OSError:
+            pass  # its thread has gone on, or was interrupted before it could say so
 
     def __enter__(self) -> _Waker:
         return self
@@ -128,6 +132,25 @@ def _poll(poll: select.poll, deadline: float | None) -> int:
     return ready[0][1] if ready else 0
 
 
+def _unread(sock: socket.socket) -> int:
+    """Ask the kernel (SIOCOUTQ); 0 where it does not tell."""
+    buffer = bytearray(4)
+    try:
+        fcntl.ioctl(sock, termios.TIOCOUTQ, buffer)
+    except OSError:
+        return 0
+    return int.from_bytes(buffer, sys.byteorder)
+
+
+@functools.cache
+def _packet_cost() -> int:
+    """Measure what a message with a segment adds to :func:`_unread` at least: two of the smallest packets."""
+    sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with sender, receiver:
+        sender.send(b"x")
+        return 2 * max(1, _unread(sender))
+
+
 class Transport:
     """One end of a connection that moves packets; SEQPACKET or STREAM in the subclasses."""
 
@@ -142,9 +165,7 @@ class Transport:
         self._sent = 0  # bytes of the present frame that the kernel has; for streams
         self.bare = False  # whether packets without a header are spoken here
         self.plain = False  # whether the next packet may be taken without looking for room first
-        self._flying: deque[tuple[int, int]] = (
-            deque()
-        )  # segment bytes, and what their packet added to the queue
+        self._flying: deque[int] = deque()  # sizes of segments, oldest first
         self._flying_bytes = 0
         self._reserved: weakref.WeakSet[Reservation] = weakref.WeakSet()
         self._accounting = threading.Lock()
@@ -184,8 +205,10 @@ class Transport:
         """
         poll = select.poll()
         poll.register(self.sock, events)
-        if not other_threads():  # nobody could close it under us
-            return _poll(poll, deadline)
+        if not other_threads():  # only a signal handler could close it under us
+            found = _poll(poll, deadline)
+            self.check_open()
+            return found
         try:
             waker = _Waker()
         except OSError:  # no descriptor left: look often instead
@@ -235,15 +258,15 @@ class Transport:
     # --- what is in flight -----------------------------------------------------------------------------------------------
 
     def unread(self) -> int:
-        """Return how much sent data the receivers have not taken (kernel's accounting); 0 where it is unknown."""
-        buffer = bytearray(4)
+        """Return how much sent data the receivers have not taken, as the kernel accounts for it.
+
+        Raises:
+            ClosedError: closed by another thread.
+        """
         try:
-            fcntl.ioctl(self.sock, termios.TIOCOUTQ, buffer)
-        except OSError:
-            return 0
+            return _unread(self.sock)
         except ValueError as error:  # closed meanwhile: the number is -1
             raise ClosedError("this channel was closed") from error
-        return int.from_bytes(buffer, sys.byteorder)
 
     def reserve(self, size: int, deadline: float | None) -> Reservation:
         """Wait until ``size`` more bytes of segments fit under ``max_inflight``; into an empty queue any size does.
@@ -279,22 +302,21 @@ class Transport:
         taken = self._flying_bytes + sum(reservation.size for reservation in self._reserved)
         return not taken or taken + size <= self.max_inflight
 
-    def note_in_flight(self, reservation: Reservation, unread_before: int) -> None:
-        """Record that the reserved segment was sent, when ``unread_before`` bytes were queued."""
+    def note_in_flight(self, reservation: Reservation) -> None:
+        """Record that the reserved segment was sent."""
         with self._accounting:
-            self._flying.append((reservation.size, max(0, self.unread() - unread_before)))
+            self._flying.append(reservation.size)
             self._flying_bytes += reservation.size
             self._reserved.discard(reservation)
 
     def _forget_delivered(self) -> None:
-        """Drop the record of segments whose packets were taken: the queue is first in, first out."""
-        unread, behind = self.unread(), 0
-        for index in range(len(self._flying) - 1, -1, -1):
-            if unread <= behind:
-                for _ in range(index + 1):
-                    self._flying_bytes -= self._flying.popleft()[0]
-                return
-            behind += self._flying[index][1]
+        """Drop the record of segments whose packets were taken: the queue is first in, first out.
+
+        What is unread may be other messages too, so this errs on the side of waiting.
+        """
+        most_unread = -(-self.unread() // _packet_cost())
+        while len(self._flying) > most_unread:
+            self._flying_bytes -= self._flying.popleft()
 
     # --- sending --------------------------------------------------------------------------------------------------------
 

@@ -186,8 +186,10 @@ class StreamTransport(Transport):
                 return None
             brought = self._brought
             if not arrived[0]:
-                self.arrived = None
-                arrived.close()
+                self.arrived, self._brought = None, None
+                for part in (arrived, brought):
+                    if part is not None:
+                        part.close()
                 raise PeerClosedError("the other side of this channel was closed")
             if expected:
                 brought = arrived
@@ -196,14 +198,14 @@ class StreamTransport(Transport):
             elif arrived[1]:
                 raise ProtocolError("descriptors where the frame has none")
             after, frame = self._parser.fed(arrived[0])
-            self._parser, self._brought, self.arrived = after, brought, None
+            keep = brought if frame is None else None
+            self._parser, self._brought, self.arrived = after, keep, None
             for other in (arrived, peeked):
                 if other is not None and other is not brought:
                     other.close()
             if frame is None:
                 continue
             header, payload = frame
-            brought, self._brought = self._brought, None
             if payload is not None:
                 return Packet(header, payload, self._complete(brought, header, None))
             if brought is not None:

@@ -57,6 +57,10 @@ MAX_INLINE = 128 * 1024
 20 us where a segment takes 100, and a receive buffer of this size still costs a small message nothing.  The default
 SO_SNDBUF of Linux (212,992) is a packet's hard limit."""
 
+ALWAYS_INLINE = 64 * 1024
+"""Payloads up to this size, bytes, wait for room in the socket; a larger one goes inline into an empty queue only, so that it
+neither blocks a sender whose receiver is busy nor fills the queue for those behind it."""
+
 MAX_FDS_PER_PACKET = 253
 """SCM_MAX_FD of Linux: a sendmsg with more is EINVAL."""
 

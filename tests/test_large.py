@@ -164,7 +164,7 @@ def test_arrays_of_every_shape(pair: tuple[Channel, Channel], make: Any) -> None
 def test_arrays_are_aligned(pair: tuple[Channel, Channel]) -> None:
     numpy = pytest.importorskip("numpy")
     a, b = pair
-    a.send([numpy.zeros(size, "u1") for size in (100_001, 40_003, 99_999, 1 << 20)])
+    a.send([numpy.zeros(size, "u1") for size in (200_001, 140_003, 199_999, 1 << 20)])
     for array in b.recv():
         assert array.ctypes.data % wire.PAGE == 0
 
@@ -219,10 +219,10 @@ def test_a_message_nobody_takes_leaves_no_mapping() -> None:
 def test_one_descriptor_however_many_arrays(transport: str, segments: str, arrays: int) -> None:
     numpy = pytest.importorskip("numpy")
     with bare_pair(transport) as (channel, bare):
-        channel.send({i: numpy.zeros(40_000, "u1") for i in range(arrays)})
+        channel.send({i: numpy.zeros(wire.MAX_INLINE, "u1") for i in range(arrays)})
         pieces = capture(bare)
         assert sum(len(fds) for _, fds in pieces) == 1
-        assert sum(len(data) for data, _ in pieces) < 130_000
+        assert sum(len(data) for data, _ in pieces) <= wire.PACKET_SIZE + 1
         close_pieces(pieces)
 
 
