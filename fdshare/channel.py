@@ -22,11 +22,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fdshare import memory, reducers, rights, wire
-from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, undecodable
+from fdshare.codec import Codec, Outgoing, PickleCodec, undecodable
 from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
-from fdshare.handle import FdHandle, Handles, inheritable, own, to_socket
-from fdshare.transport import DEFAULT_MAX_INFLIGHT, other_threads
+from fdshare.handle import FdHandle, inheritable, own, to_socket
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT
+from fdshare.packets import open_packet
+from fdshare.transport import other_threads
 from fdshare.transports import socketpair, transport_of
 
 if TYPE_CHECKING:
@@ -293,7 +295,7 @@ class Channel:
         # More than a little goes inline only where it cannot block: the queue is empty.
         if not out.buffers and (
             size <= min(max_inline, wire.ALWAYS_INLINE)
-            or (size <= max_inline and not self._transport.unread())
+            or (size <= max_inline and not self._transport.in_flight.unread())
         ):
             if self._transport.bare and not fds and type == wire.MESSAGE:
                 self._transport.send(b"", payload, (), deadline)
@@ -311,13 +313,13 @@ class Channel:
         # All bounds are checked before memory is spent.
         header = wire.pack(type, flags, len(fds), len(out.buffers), size, segment_size, _nonce())
         transport = self._transport
-        reservation = transport.reserve(segment_size, deadline)
+        reservation = transport.in_flight.reserve(segment_size, deadline)
         segment, sealed = memory.write_segment(parts)
         with segment:
             if not sealed:
                 header = wire.with_flag(header, wire.FILE)
             self._with_bundle(header, payload, [*fds, segment.fileno()], deadline)
-            transport.note_in_flight(reservation)
+            transport.in_flight.note(reservation)
 
     def _with_bundle(self, header: bytes, payload: list[Any], fds: list[int], deadline: float | None) -> None:
         if len(fds) <= wire.MAX_FDS_PER_PACKET:
@@ -330,7 +332,7 @@ class Channel:
         self._check(self._readable, "write-only")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            message = self._open_packet(*self._transport.receive(deadline))
+            message = open_packet(*self._transport.receive(deadline))
         except ProtocolError:
             self.close()
             raise
@@ -338,24 +340,6 @@ class Channel:
             message.close()
             return message.payload
         return self._codec.decode(message)
-
-    def _open_packet(self, header: wire.Header | None, payload: Any, handles: Handles) -> Incoming:
-        """Put a packet and its segment together; close its descriptors where that fails."""
-        if header is None or not header.flags & wire.SEGMENT:
-            return Incoming(payload, handles)
-        try:
-            view = memory.map_segment(handles[-1], header.segment_size, sealed=not header.flags & wire.FILE)
-            del handles[-1]
-            if header.flags & wire.IN_SEGMENT:
-                payload = view[: header.payload_size]
-            buffers = [
-                view[offset : offset + size].toreadonly() if readonly else view[offset : offset + size]
-                for offset, size, readonly in wire.unpack_table(header, payload)
-            ]
-        except BaseException:
-            handles.close()
-            raise
-        return Incoming(payload[8 * header.buffers :], handles, buffers)
 
     # --- the descriptor ---------------------------------------------------------------------------------------------------
 
@@ -399,11 +383,11 @@ class Channel:
     @property
     def max_inflight(self) -> int:
         """Most bytes of large messages sent here and not yet taken; may be set."""
-        return self._transport.max_inflight
+        return self._transport.in_flight.limit
 
     @max_inflight.setter
     def max_inflight(self, value: int) -> None:
-        self._transport.max_inflight = value
+        self._transport.in_flight.limit = value
 
     @property
     def peer(self) -> PeerCredentials:

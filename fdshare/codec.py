@@ -19,7 +19,7 @@ import attrs
 from fdshare import files as _files  # noqa: F401 -- registers how files travel
 from fdshare import reducers
 from fdshare.errors import DecodeError, NotSendableError
-from fdshare.handle import FdHandle, Handles, Moved
+from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, Moved
 from fdshare.wire import ALWAYS_INLINE, MAX_FDS_PER_PACKET, MAX_INLINE
 
 __all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec"]
@@ -94,8 +94,8 @@ class Outgoing:
             self._temporaries.pop().close()
 
 
-def _as_handles(handles: Iterable[FdHandle]) -> Handles:
-    return handles if isinstance(handles, Handles) else Handles(handles)
+def _as_handles(handles: Iterable[FdHandle]) -> HandleList:
+    return handles if isinstance(handles, HandleList) else Handles(handles)
 
 
 @attrs.define(eq=False)
@@ -103,7 +103,7 @@ class Incoming:
     """A message that arrived: it owns its descriptors until ``decode`` has handed them on."""
 
     payload: Any
-    handles: Handles = attrs.field(factory=Handles, converter=_as_handles)
+    handles: HandleList = attrs.field(default=NO_HANDLES, converter=_as_handles)
     buffers: list[memoryview] = attrs.field(factory=list)
 
     def close(self) -> None:

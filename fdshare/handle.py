@@ -336,16 +336,33 @@ class FdHandle:
         return (adopt_inherited, (inheritable(self, "FdHandle"),))
 
 
-class Handles(list[FdHandle]):
-    """Descriptors on their way to an owner: closed when the list is dropped, released by ``clear()``."""
+class HandleList(list[FdHandle]):
+    """Descriptors that came together."""
 
     def close(self) -> None:
         """Close what is still in the list."""
         for handle in self:
             handle.close()
 
+    def release(self) -> None:
+        """Let go of all of them: each has its own owner now."""
+        self.clear()
+
+
+class Handles(HandleList):
+    """Descriptors on their way to an owner: they are closed when the list is dropped, until it is released."""
+
+    def release(self) -> None:
+        """Let go of all of them: each has its own owner now."""
+        self.clear()
+        # An interrupt inside a __del__ is lost, so this list will have none.
+        self.__class__ = HandleList  # type: ignore[assignment]
+
     def __del__(self) -> None:
         self.close()
+
+
+NO_HANDLES = HandleList()
 
 
 _arm: Any = vars(FdHandle)["_fd"].__set__  # of the slot: a C function

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fdshare.errors import DecodeError
-from fdshare.handle import FdHandle, Handles, Moved, format_of, hand_over, to_socket
+from fdshare.handle import FdHandle, HandleList, Moved, format_of, hand_over, to_socket
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -63,7 +63,7 @@ class Unpacking:
 
     __slots__ = ("built", "given", "handles", "numbers")
 
-    def __init__(self, handles: Handles) -> None:
+    def __init__(self, handles: HandleList) -> None:
         self.handles = handles
         self.numbers = [handle._fd for handle in handles]
         self.given = [False] * len(handles)
@@ -80,7 +80,7 @@ class Unpacking:
             for handle, given in zip(self.handles, self.given, strict=True):
                 if not given:
                     handle.close()
-        self.handles.clear()
+        self.handles.release()
 
 
 class _Decoding(threading.local):

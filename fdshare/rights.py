@@ -19,7 +19,7 @@ from itertools import starmap
 from typing import Any
 
 from fdshare.errors import DescriptorsLostError, FdLimitError, MessageTooLargeError, ProtocolError
-from fdshare.handle import FdHandle, Handles, HasFileno, as_fd, to_socket
+from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, HasFileno, as_fd, to_socket
 from fdshare.wire import MAX_FDS_PER_PACKET
 
 __all__ = ["Arrived", "recv_fds", "send_fds"]
@@ -106,28 +106,37 @@ def limit_error(needed: int) -> FdLimitError:
     )
 
 
-class Arrived(tuple[Any, ...]):
-    """The result of ``recvmsg`` as the owner of the descriptors in it, from the C call on, until :meth:`adopt`."""
+class Adopted(tuple[Any, ...]):
+    """The result of ``recvmsg`` whose descriptors were adopted."""
 
-    _handles: Handles
-    _adopted = False
+    _handles: HandleList
 
-    def adopt(self) -> Handles:
-        """Return the descriptors as handles, the same list at each call; they belong to that list now."""
-        if not self._adopted:
-            handles = self.__dict__.setdefault("_handles", Handles())
-            # An interrupt inside leaves the list shorter: the rest is still ours.
-            handles.extend(map(FdHandle, numbers_in(self[1])[len(handles) :]))
-            self._adopted = True
-            _close_pidfds(self[1])
+    def adopt(self) -> HandleList:
+        """Return the descriptors as handles, the same list at each call; they belong to that list."""
         return self._handles
 
     def close(self) -> None:
         """Close all of its descriptors."""
         self.adopt().close()
 
+
+class Arrived(Adopted):
+    """The result of ``recvmsg`` as the owner of the descriptors in it, from the C call on, until :meth:`adopt`."""
+
+    def adopt(self) -> HandleList:
+        """Return the descriptors as handles, the same list at each call; they belong to that list now."""
+        if not self[1]:
+            self._handles = NO_HANDLES
+        else:
+            handles = self.__dict__.setdefault("_handles", Handles())
+            # An interrupt inside leaves the list shorter: the rest is still ours.
+            handles.extend(map(FdHandle, numbers_in(self[1])[len(handles) :]))
+            _close_pidfds(self[1])
+        self.__class__ = Adopted  # type: ignore[assignment]  # and with it goes __del__
+        return self._handles
+
     def __del__(self) -> None:
-        if self[1] and not self._adopted:
+        if self[1]:
             for fd in numbers_in(self[1])[len(self.__dict__.get("_handles", ())) :]:
                 os.close(fd)
             _close_pidfds(self[1])
@@ -207,7 +216,7 @@ def unbundle(bundle: FdHandle, total: int) -> Handles:
                 for batch in map(Arrived, starmap(sock.recvmsg, ((1, CONTROL_SIZE, CLOEXEC | NOW),))):
                     adopted = batch.adopt()
                     handles += adopted
-                    adopted.clear()
+                    adopted.release()
                 if not batch[0] or batch[2] & CONTROL_TRUNCATED:
                     break
     except OSError as error:
@@ -282,5 +291,5 @@ def recv_fds(sock: socket.socket, bufsize: int, maxfds: int) -> tuple[bytes, lis
         handles.close()
         raise ProtocolError(f"{len(handles)} descriptors arrived; at most {maxfds} were asked for")
     result = list(handles)
-    handles.clear()
+    handles.release()
     return arrived[0], result

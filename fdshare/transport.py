@@ -19,18 +19,13 @@ from __future__ import annotations
 
 import _thread
 import errno
-import fcntl
-import functools
 import math
 import os
 import select
 import socket
 import sys
-import termios
 import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Sequence
 from itertools import repeat, starmap
 from typing import Any, NamedTuple
@@ -44,7 +39,8 @@ from fdshare.errors import (
     PeerClosedError,
     ProtocolError,
 )
-from fdshare.handle import FdHandle, Handles, own
+from fdshare.handle import NO_HANDLES, FdHandle, HandleList, own
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT, TICK_SECONDS, InFlight
 from fdshare.rights import Arrived
 
 __all__ = ["Packet", "Transport"]
@@ -54,18 +50,6 @@ DRAIN_SECONDS = 1.0
 
 CRAMPED_TICK_SECONDS = 0.05
 """How often a blocked call looks whether its channel was closed when no descriptor is left to be woken by."""
-
-WARN_SECONDS = 5.0
-"""After this time a sender that waits for ``max_inflight`` and has unread messages itself says so in the log."""
-
-TICK_SECONDS = 0.001
-"""How often a sender looks whether in-flight data was taken: nothing can wake it for that."""
-
-DEFAULT_MAX_INFLIGHT = 256 * 2**20
-"""Bytes of segments that may be sent and not yet taken, from one Channel object."""
-
-_MANY_FLYING = 32
-"""Records of sent segments beyond which those that were taken are dropped at once."""
 
 other_threads = _thread._count
 """How many Python threads there are beside the main one, in 30 ns."""
@@ -88,17 +72,8 @@ class Packet(NamedTuple):
     """None for a bare pickle."""
     payload: Any
     """Bytes-like: what came in the packet itself."""
-    handles: Handles
+    handles: HandleList
     """Its descriptors, all of them, the segment's last."""
-
-
-class Reservation:
-    """Room under ``max_inflight`` for a segment that is being sent."""
-
-    __slots__ = ("__weakref__", "size")
-
-    def __init__(self, size: int) -> None:
-        self.size = size
 
 
 class _Waker:
@@ -132,25 +107,6 @@ def _poll(poll: select.poll, deadline: float | None) -> int:
     return ready[0][1] if ready else 0
 
 
-def _unread(sock: socket.socket) -> int:
-    """Ask the kernel (SIOCOUTQ); 0 where it does not tell."""
-    buffer = bytearray(4)
-    try:
-        fcntl.ioctl(sock, termios.TIOCOUTQ, buffer)
-    except OSError:
-        return 0
-    return int.from_bytes(buffer, sys.byteorder)
-
-
-@functools.cache
-def _packet_cost() -> int:
-    """Measure what a message with a segment adds to :func:`_unread` at least: two of the smallest packets."""
-    sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with sender, receiver:
-        sender.send(b"x")
-        return 2 * max(1, _unread(sender))
-
-
 class Transport:
     """One end of a connection that moves packets; SEQPACKET or STREAM in the subclasses."""
 
@@ -159,16 +115,12 @@ class Transport:
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         self.sock = sock
         self.closed = False
-        self.max_inflight = max_inflight
         self.arrived: Any = None  # a result of recvmsg that nobody has taken yet
         self.arrivals = starmap(sock.recvmsg, repeat((wire.PACKET_SIZE, rights.CONTROL_SIZE, rights.CLOEXEC)))
         self._sent = 0  # bytes of the present frame that the kernel has; for streams
         self.bare = False  # whether packets without a header are spoken here
         self.plain = False  # whether the next packet may be taken without looking for room first
-        self._flying: deque[int] = deque()  # sizes of segments, oldest first
-        self._flying_bytes = 0
-        self._reserved: weakref.WeakSet[Reservation] = weakref.WeakSet()
-        self._accounting = threading.Lock()
+        self.in_flight = InFlight(self, max_inflight)
         self._fork_count = _fork_count
         self._reading = threading.RLock()
         self._writing = threading.RLock()
@@ -182,7 +134,7 @@ class Transport:
             raise ClosedError("this channel was closed")
         if self._fork_count != _fork_count:
             self._reading, self._writing = threading.RLock(), threading.RLock()
-            self._accounting = threading.Lock()
+            self.in_flight = InFlight(self, self.in_flight.limit)
             self._wakers = set()
             self._fork_count = _fork_count
             self._after_fork()
@@ -204,7 +156,10 @@ class Transport:
             ClosedError: closed by another thread meanwhile.
         """
         poll = select.poll()
-        poll.register(self.sock, events)
+        fd = self.sock.fileno()
+        if fd < 0:
+            raise ClosedError("this channel was closed")
+        poll.register(fd, events)
         if not other_threads():  # only a signal handler could close it under us
             found = _poll(poll, deadline)
             self.check_open()
@@ -254,69 +209,6 @@ class Transport:
         if type(self.arrived) is Arrived:
             self.arrived.close()
         self.arrived = None
-
-    # --- what is in flight -----------------------------------------------------------------------------------------------
-
-    def unread(self) -> int:
-        """Return how much sent data the receivers have not taken, as the kernel accounts for it.
-
-        Raises:
-            ClosedError: closed by another thread.
-        """
-        try:
-            return _unread(self.sock)
-        except ValueError as error:  # closed meanwhile: the number is -1
-            raise ClosedError("this channel was closed") from error
-
-    def reserve(self, size: int, deadline: float | None) -> Reservation:
-        """Wait until ``size`` more bytes of segments fit under ``max_inflight``; into an empty queue any size does.
-
-        Returns:
-            the reservation, which holds as long as it is referenced, or until :meth:`note_in_flight`.
-
-        Raises:
-            TimeoutError: the deadline has passed.
-        """
-        mine = Reservation(size)
-        warn_at = time.monotonic() + WARN_SECONDS
-        while True:
-            with self._accounting:
-                if len(self._flying) >= _MANY_FLYING or not self._fits(size):
-                    self._forget_delivered()
-                if self._fits(size):
-                    self._reserved.add(mine)
-                    return mine
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                raise TimeoutError(
-                    f"{self.max_inflight} bytes (max_inflight) are undelivered; nothing was sent"
-                )
-            found = self.wait(select.POLLIN if now > warn_at else 0, now + TICK_SECONDS)
-            if found & (select.POLLERR | select.POLLHUP):
-                return mine  # the send will say so
-            if found & select.POLLIN:
-                warn_at = math.inf
-                _warn_of_deadlock(self.max_inflight)
-
-    def _fits(self, size: int) -> bool:
-        taken = self._flying_bytes + sum(reservation.size for reservation in self._reserved)
-        return not taken or taken + size <= self.max_inflight
-
-    def note_in_flight(self, reservation: Reservation) -> None:
-        """Record that the reserved segment was sent."""
-        with self._accounting:
-            self._flying.append(reservation.size)
-            self._flying_bytes += reservation.size
-            self._reserved.discard(reservation)
-
-    def _forget_delivered(self) -> None:
-        """Drop the record of segments whose packets were taken: the queue is first in, first out.
-
-        What is unread may be other messages too, so this errs on the side of waiting.
-        """
-        most_unread = -(-self.unread() // _packet_cost())
-        while len(self._flying) > most_unread:
-            self._flying_bytes -= self._flying.popleft()
 
     # --- sending --------------------------------------------------------------------------------------------------------
 
@@ -487,14 +379,14 @@ class Transport:
             handles.close()
             raise rights.limit_error(header.total)
 
-    def _complete(self, arrived: Arrived | None, header: wire.Header, peeked: Arrived | None) -> Handles:
+    def _complete(self, arrived: Arrived | None, header: wire.Header, peeked: Arrived | None) -> HandleList:
         """Return all descriptors of a packet that was taken.
 
         Raises:
             DescriptorsLostError: some are missing.
             ProtocolError: there are more than it says.
         """
-        handles = arrived.adopt() if arrived is not None else Handles()
+        handles = arrived.adopt() if arrived is not None else NO_HANDLES
         if peeked is not None:
             if len(handles) < header.carried == len(peeked.adopt()):
                 # Another thread took the room between peek and read: those of the peek are the same.
@@ -509,14 +401,3 @@ class Transport:
             handles.close()
             raise rights.lost(header.total, len(handles))
         return rights.unbundle(handles[0], header.total) if header.flags & wire.BUNDLE else handles
-
-
-def _warn_of_deadlock(bound: int) -> None:
-    import logging
-
-    logging.getLogger("fdshare").warning(
-        "a send has waited %.0f s for the receiver to take %d bytes (max_inflight), with unread messages on this side: "
-        "if the receiver is sending too, one of the two must receive first",
-        WARN_SECONDS,
-        bound,
-    )

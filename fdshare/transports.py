@@ -9,9 +9,10 @@ from typing import Any
 
 from fdshare import rights, wire
 from fdshare.errors import PeerClosedError, ProtocolError
-from fdshare.handle import Handles
+from fdshare.handle import NO_HANDLES
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.rights import Arrived
-from fdshare.transport import DEFAULT_MAX_INFLIGHT, Packet, Transport, other_threads
+from fdshare.transport import Packet, Transport, other_threads
 
 __all__ = ["SeqpacketTransport", "StreamTransport", "socketpair", "transport_of"]
 
@@ -47,7 +48,7 @@ class SeqpacketTransport(Transport):
                 self.arrived = None
                 if peeked is not None:
                     peeked.close()
-                return Packet(None, data, Handles())
+                return Packet(None, data, NO_HANDLES)
             header = self._unpack(arrived)
             if header.type == wire.NOTICE:
                 self._take_notice(header)
@@ -100,7 +101,7 @@ class SeqpacketTransport(Transport):
                 )
             if header.type == wire.NOTICE and ancillary:
                 raise ProtocolError("a notice with descriptors")
-        except BaseException:
+        except OSError:  # not an interrupt: after one the packet is looked at again
             arrived.close()
             raise
         return header

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from helpers import METHODS, TRANSPORTS, running
+from helpers import LARGE, METHODS, TRANSPORTS, running
 
 import fdshare
 from fdshare import Channel, FdHandle, PeerClosedError
@@ -67,7 +67,7 @@ KINDS = ("small", "empty", "inline", "large", "one_fd", "many_fds", "bundle", "l
 def compose(number: int, kind: str) -> tuple[Any, list[FdHandle]]:
     """Return message ``number`` of a kind, and the handles in it, which stay the caller's."""
     count = {"one_fd": 1, "many_fds": 20, "bundle": 300, "large_and_fds": 3}.get(kind, 0)
-    size = {"small": 10, "inline": 50_000, "large": 200_000, "large_and_fds": 100_000}.get(kind, 0)
+    size = {"small": 10, "inline": 50_000, "large": LARGE, "large_and_fds": LARGE}.get(kind, 0)
     handles = [numbered_handle(number + i) for i in range(count)]
     return (number, kind, pattern(size, number % 251), handles), handles
 
@@ -75,7 +75,7 @@ def compose(number: int, kind: str) -> tuple[Any, list[FdHandle]]:
 def verify(message: Any) -> int:
     """Check a message of :func:`compose`, close its handles, return its number."""
     number, kind, content, handles = message
-    assert len(content) == {"small": 10, "inline": 50_000, "large": 200_000, "large_and_fds": 100_000}.get(
+    assert len(content) == {"small": 10, "inline": 50_000, "large": LARGE, "large_and_fds": LARGE}.get(
         kind, 0
     )
     assert content == pattern(len(content), number % 251)
@@ -348,9 +348,7 @@ def expect_drops() -> None:
 
 
 def _interrupted_receiver(transport: str, count: int, seed: int) -> int:
-    warnings.simplefilter(
-        "ignore", ResourceWarning
-    )  # an interrupt on the way out of recv drops a whole message
+    expect_drops()
     a, b = fdshare.Pipe(transport=transport)
     interrupt = Interrupter(400e-6, seed)
     last, received = -1, 0

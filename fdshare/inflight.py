@@ -1,0 +1,156 @@
+"""What was sent and not yet taken: the bound on memory that messages with segments hold between two processes.
+
+The kernel tells how much of what a socket sent is unread (SIOCOUTQ), in bytes of its own accounting and for all
+messages together.  Each message with a segment adds a known least amount, so the figure bounds how many of
+them can still be there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import math
+import select
+import socket
+import sys
+import termios
+import threading
+import time
+import weakref
+from collections import deque
+from typing import Protocol
+
+from fdshare.errors import ClosedError
+
+__all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation"]
+
+DEFAULT_MAX_INFLIGHT = 256 * 2**20
+"""Bytes of segments that may be sent and not yet taken, from one Channel object."""
+
+WARN_SECONDS = 5.0
+"""After this time a sender that waits for ``max_inflight`` and has unread messages itself says so in the log."""
+
+TICK_SECONDS = 0.001
+"""How often a sender looks whether in-flight data was taken: nothing can wake it for that."""
+
+_MANY_FLYING = 32
+"""Records of sent segments beyond which those that were taken are dropped at once."""
+
+
+class Waits(Protocol):
+    """What the accounts need of a transport."""
+
+    sock: socket.socket
+
+    def wait(self, events: int, deadline: float | None) -> int:
+        """Wait for ``events`` or the end of the connection until ``deadline`` of time.monotonic()."""
+
+
+class Reservation:
+    """Room under ``max_inflight`` for a segment that is being sent."""
+
+    __slots__ = ("__weakref__", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def _unread(sock: socket.socket) -> int:
+    """Ask the kernel (SIOCOUTQ); 0 where it does not tell."""
+    buffer = bytearray(4)
+    try:
+        fcntl.ioctl(sock, termios.TIOCOUTQ, buffer)
+    except OSError:
+        return 0
+    return int.from_bytes(buffer, sys.byteorder)
+
+
+@functools.cache
+def _packet_cost() -> int:
+    """Measure what a message with a segment adds to :func:`_unread` at least: two of the smallest packets."""
+    sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with sender, receiver:
+        sender.send(b"x")
+        return 2 * max(1, _unread(sender))
+
+
+class InFlight:
+    """The accounts of one sender; usable by several threads."""
+
+    def __init__(self, transport: Waits, limit: int) -> None:
+        self.limit = limit
+        self._transport = transport
+        self._flying: deque[int] = deque()  # sizes of segments, oldest first
+        self._flying_bytes = 0
+        self._reserved: weakref.WeakSet[Reservation] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def unread(self) -> int:
+        """Return how much sent data the receivers have not taken, as the kernel accounts for it.
+
+        Raises:
+            ClosedError: closed by another thread.
+        """
+        try:
+            return _unread(self._transport.sock)
+        except ValueError as error:  # closed meanwhile: the number is -1
+            raise ClosedError("this channel was closed") from error
+
+    def reserve(self, size: int, deadline: float | None) -> Reservation:
+        """Wait until ``size`` more bytes of segments fit under ``max_inflight``; into an empty queue any size does.
+
+        Returns:
+            the reservation, which holds as long as it is referenced, or until :meth:`note`.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        mine = Reservation(size)
+        warn_at = time.monotonic() + WARN_SECONDS
+        while True:
+            with self._lock:
+                if len(self._flying) >= _MANY_FLYING or not self._fits(size):
+                    self._forget_delivered()
+                if self._fits(size):
+                    self._reserved.add(mine)
+                    return mine
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                raise TimeoutError(f"{self.limit} bytes (max_inflight) are undelivered; nothing was sent")
+            found = self._transport.wait(select.POLLIN if now > warn_at else 0, now + TICK_SECONDS)
+            if found & (select.POLLERR | select.POLLHUP):
+                return mine  # the send will say so
+            if found & select.POLLIN:
+                warn_at = math.inf
+                _warn_of_deadlock(self.limit)
+
+    def _fits(self, size: int) -> bool:
+        taken = self._flying_bytes + sum(reservation.size for reservation in self._reserved)
+        return not taken or taken + size <= self.limit
+
+    def note(self, reservation: Reservation) -> None:
+        """Record that the reserved segment was sent."""
+        with self._lock:
+            self._flying.append(reservation.size)
+            self._flying_bytes += reservation.size
+            self._reserved.discard(reservation)
+
+    def _forget_delivered(self) -> None:
+        """Drop the record of segments whose packets were taken: the queue is first in, first out.
+
+        What is unread may be other messages too, so this errs on the side of waiting.
+        """
+        most_unread = -(-self.unread() // _packet_cost())
+        while len(self._flying) > most_unread:
+            self._flying_bytes -= self._flying.popleft()
+
+
+def _warn_of_deadlock(bound: int) -> None:
+    import logging
+
+    logging.getLogger("fdshare").warning(
+        "a send has waited %.0f s for the receiver to take %d bytes (max_inflight), with unread messages on this side: "
+        "if the receiver is sending too, one of the two must receive first",
+        WARN_SECONDS,
+        bound,
+    )

@@ -1,0 +1,195 @@
+"""``Parcel``: an encoded message that owns its descriptors, so it can wait, be sent, be taken back unread, and be sent again.
+
+A channel's ``send`` borrows what it sends and its ``recv`` decodes at once.  A pool needs more time between the steps: a task is
+encoded before ``submit`` returns, may wait for a worker, may be taken out of a dead worker's inbox undecoded, and an
+error while decoding belongs to one task.  Each message carries a tag of 64 bits that is readable without decoding: the
+last eight bytes of a bare pickle (unpickling stops before them), the nonce in the header of anything else.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import attrs
+
+from fdshare import memory, rights, wire
+from fdshare.channel import Channel
+from fdshare.codec import Incoming, Outgoing, PickleCodec, undecodable
+from fdshare.handle import FdHandle, HandleList, Handles
+from fdshare.packets import open_packet
+
+__all__ = [
+    "Message",
+    "Parcel",
+    "open_message",
+    "receive",
+    "receive_now",
+    "seal",
+    "send",
+    "send_now",
+    "tag_of",
+]
+
+_CODEC = PickleCodec()
+_SEND_NOW = rights.SEND_NOW
+_TAG_SIZE = 8
+_loads = pickle.loads
+
+
+@attrs.define(eq=False)
+class Parcel:
+    """A message with a header: what its pickle refers to travels beside it."""
+
+    header: wire.Header
+    payload: list[Any]
+    """Bytes-like pieces of what is in the packet itself."""
+    handles: HandleList
+    """Its descriptors, the segment's last; closed with the parcel."""
+
+    def close(self) -> None:
+        """Close what it owns: nobody will send or open it."""
+        self.handles.close()
+
+
+Message = bytes | Parcel
+
+
+def seal(message: bytes | Outgoing, tag: int) -> Message:
+    """Give an encoded message its tag and descriptors of its own; what it borrowed is left to the caller.
+
+    Args:
+        message: as ``codec.encode`` made it; of an Outgoing nothing is closed or consumed.
+        tag: below 2**64.
+
+    Raises:
+        FdLimitError, OSError: no descriptor left.
+        NoSpaceError, MessageTooLargeError: as for ``Channel.send``.
+    """
+    if isinstance(message, bytes):
+        return message + tag.to_bytes(_TAG_SIZE, "little")
+    payload, fds, buffers = message.payload, message.fds, message.buffers
+    if buffers:
+        payload = [wire.pack_table(buffers), *payload]
+    size = sum(map(len, payload))
+    if not fds and not buffers and size <= wire.MAX_INLINE:
+        return b"".join([*payload, tag.to_bytes(_TAG_SIZE, "little")])
+    flags, segment_size, parts = 0, 0, None
+    if buffers or size > wire.MAX_INLINE:
+        flags, inline = wire.SEGMENT, size <= wire.MAX_INLINE
+        if not inline:
+            flags |= wire.IN_SEGMENT
+        parts, segment_size = wire.lay_out([] if inline else payload, 0 if inline else size, buffers)
+        payload = payload if inline else []
+    header = wire.Header(wire.MESSAGE, flags, len(fds), len(buffers), size, segment_size, tag)
+    wire.pack(*header)  # all bounds are checked before memory is spent
+    handles: HandleList = Handles()
+    try:
+        handles.extend(map(FdHandle.dup, fds))
+        if parts is not None:
+            segment, sealed = memory.write_segment(parts)
+            handles.append(segment)
+            if not sealed:
+                header = header._replace(flags=flags | wire.FILE)
+    except BaseException:
+        handles.close()
+        raise
+    return Parcel(header, payload, handles)
+
+
+def tag_of(message: Message) -> int:
+    """Return the tag that ``seal`` was given."""
+    if isinstance(message, bytes):
+        return int.from_bytes(message[-_TAG_SIZE:], "little")
+    return message.header.nonce
+
+
+def send(channel: Channel, message: Message, deadline: float | None = None) -> None:
+    """Send a message, which stays usable: close a parcel that is not to be sent again.
+
+    Args:
+        deadline: of time.monotonic(), in seconds; None waits for room for ever.
+
+    Raises:
+        TimeoutError, PeerClosedError, ClosedError, FdLimitError, AccessDeniedError: nothing was sent.
+    """
+    transport = channel._transport
+    if isinstance(message, bytes):
+        if transport.bare:
+            transport.send(b"", (message,), (), deadline)
+            return
+        size = len(message) - _TAG_SIZE
+        header = wire.pack(wire.MESSAGE, payload_size=size, nonce=tag_of(message))
+        transport.send(header, (memoryview(message)[:size],), (), deadline)
+        return
+    fds, (kind, flags, *rest) = [handle.fileno() for handle in message.handles], message.header
+    if len(fds) > wire.MAX_FDS_PER_PACKET:
+        flags |= wire.BUNDLE
+    channel._with_bundle(wire.pack(kind, flags, *rest), message.payload, fds, deadline)
+
+
+def send_now(channel: Channel, message: Message) -> bool:
+    """Send a message as :func:`send` does, where that needs no waiting; return whether it did."""
+    try:
+        if type(message) is bytes and channel._send_bare is not None:
+            channel._send_bare(message, _SEND_NOW)
+        else:
+            send(channel, message, 0.0)
+    except (BlockingIOError, TimeoutError):
+        return False
+    return True
+
+
+def _message_of(header: wire.Header | None, payload: Any, handles: HandleList) -> Message:
+    if header is None:
+        return bytes(payload)
+    return Parcel(header._replace(flags=header.flags & ~wire.BUNDLE), [payload], handles)
+
+
+def receive(channel: Channel) -> Message:
+    """Wait for the next message and take it, without decoding.
+
+    Raises:
+        PeerClosedError, ClosedError
+        FdLimitError: no room for its descriptors; it stays queued.
+        DescriptorsLostError, ProtocolError: it is gone.
+    """
+    transport = channel._transport
+    if transport.plain:
+        if not transport.arrived:
+            for transport.arrived in transport.arrivals:  # noqa: B020 -- see channel.py
+                break
+        data, ancillary, _, _ = transport.arrived
+        if data and not ancillary and data[0] == wire.PICKLE_MARK:
+            transport.arrived = None
+            return data  # type: ignore[no-any-return]
+    return _message_of(*transport.receive(None))
+
+
+def receive_now(channel: Channel) -> Message | None:
+    """Take the next message if there is one; raises as :func:`receive` does."""
+    transport = channel._transport
+    with transport._reading:
+        transport.check_open()
+        packet = transport._receive_now()
+    return None if packet is None else _message_of(*packet)
+
+
+def open_message(channel: Channel, message: Message) -> Any:
+    """Decode a message, which is spent.
+
+    Raises:
+        DecodeError: it cannot be rebuilt here; its descriptors are closed.
+    """
+    if type(message) is bytes:
+        try:
+            return _loads(message)
+        except Exception as error:
+            raise undecodable(error) from error
+    assert isinstance(message, Parcel)
+    payload = message.payload[0] if len(message.payload) == 1 else b"".join(message.payload)
+    if message.header.flags & wire.SEGMENT:
+        incoming = open_packet(message.header, memoryview(payload), message.handles)
+    else:
+        incoming = Incoming(payload, message.handles)
+    return _CODEC.decode(incoming)
