@@ -247,17 +247,25 @@ def reduce_socket(sock: socket.socket, context: Context) -> Reduced:
         raise Refused(sock, "it is closed")
     if context.moving:
         context.consume(sock.close)
-    index = context.lend(fd, sock)
-    return rebuild_socket, (index, int(sock.family), int(sock.type), sock.proto, sock.gettimeout())
+    return rebuild_socket, (
+        context.lend(fd, sock),
+        _family(sock),
+        _type_of(sock),
+        sock.proto,
+        sock.gettimeout(),
+    )
+
+
+# As plain ints: the properties of socket.socket make enum members of them, which takes longer than all the rest.
+_family = vars(socket.SocketType)["family"].__get__
+_type_of = vars(socket.SocketType)["type"].__get__
 
 
 def rebuild_socket(index: int, family: int, type: int, proto: int, timeout: float | None) -> socket.socket:
-    handle = take(index, stat.S_IFSOCK)
-    blocking = os.get_blocking(handle.fileno())
-    sock = built(to_socket(handle, family, type, proto))
-    # O_NONBLOCK belongs to the description that the sender shares, and settimeout writes it.  So the timeout is
-    # set where that changes nothing; where the flag says otherwise meanwhile, the flag is the truth.
-    if not blocking and timeout is not None:
+    # O_NONBLOCK belongs to the description that the sender shares, and settimeout writes it.  So the timeout is set
+    # only where that changes nothing; where the flag says otherwise meanwhile, the flag is the truth.
+    sock = built(to_socket(take(index, stat.S_IFSOCK), family, type, proto))
+    if timeout is not None and sock.gettimeout() is not None:
         sock.settimeout(timeout)
     return sock
 

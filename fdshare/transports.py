@@ -34,7 +34,11 @@ class SeqpacketTransport(Transport):
 
     def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
         if fds:
-            self._send_step([wire.notice_of(header)], (), deadline)
+            notice = wire.notice_of(header)
+            try:
+                self.sock.send(notice, rights.SEND_NOW)
+            except OSError:  # full, closed, gone
+                self._send_step([notice], (), deadline)
         self._send_step([header, *payload], fds, deadline)
 
     def _receive_now(self) -> Packet | None:
@@ -44,29 +48,32 @@ class SeqpacketTransport(Transport):
             if arrived is None:
                 return None
             data, ancillary, _, _ = arrived
-            if data[:1] == _PICKLE_MARK and not ancillary:
-                self.arrived = None
-                if peeked is not None:
-                    peeked.close()
-                return Packet(None, data, NO_HANDLES)
+            if not ancillary:
+                mark = data[:1]
+                if mark == _NOTICE_MARK:
+                    self._take_notice(data)
+                    continue
+                if mark == _PICKLE_MARK:
+                    self.arrived = None
+                    if peeked is not None:
+                        peeked.close()
+                    return Packet(None, data, NO_HANDLES)
             header = self._unpack(arrived)
-            if header.type == wire.NOTICE:
-                self._take_notice(header)
-                continue
             self.arrived = None
             if (
                 peeked is not None and peeked[0] != data
             ):  # another reader took that one; the nonce tells twins apart
                 peeked.close()
                 peeked = None
-            if header.carried and self._noticed:
+            if self._noticed and header.carried:
                 del self._noticed[0]
                 self.plain = self.bare and not self._noticed
             return Packet(
                 header, memoryview(data)[wire.HEADER_SIZE :], self._complete(arrived, header, peeked)
             )
 
-    def _take_notice(self, header: wire.Header) -> None:
+    def _take_notice(self, data: bytes) -> None:
+        header = wire.unpack_notice(data)
         self.plain = False
         self._noticed.append(header)
         self.arrived = None
@@ -90,7 +97,7 @@ class SeqpacketTransport(Transport):
 
     def _unpack(self, arrived: Arrived) -> wire.Header:
         """Return the checked header of a packet."""
-        data, ancillary, flags, _ = arrived
+        data, _, flags, _ = arrived
         try:
             if not data:
                 raise PeerClosedError("the other side of this channel was closed")
@@ -99,7 +106,7 @@ class SeqpacketTransport(Transport):
                 raise ProtocolError(
                     f"a packet of {len(data)} bytes says {wire.HEADER_SIZE + header.inline_size}"
                 )
-            if header.type == wire.NOTICE and ancillary:
+            if header.type == wire.NOTICE:
                 raise ProtocolError("a notice with descriptors")
         except OSError:  # not an interrupt: after one the packet is looked at again
             arrived.close()
@@ -120,7 +127,7 @@ class SeqpacketTransport(Transport):
                     return True
                 arrived = self._fetch(wire.PACKET_SIZE)
                 if arrived is not None and arrived[0] == first and not arrived[1]:
-                    self._take_notice(self._unpack(arrived))
+                    self._take_notice(first)
             return True
 
 

@@ -35,6 +35,7 @@ header tells of them before they are taken.  There are no notices and no header-
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any, NamedTuple
 
@@ -180,6 +181,19 @@ def unpack(data: bytes | memoryview) -> Header:
         )
     if 8 * buffers > payload:
         raise ProtocolError(f"a table of {buffers} buffers in a payload of {payload} bytes")
+    return header
+
+
+@functools.lru_cache(maxsize=256)
+def unpack_notice(data: bytes) -> Header:
+    """Read a notice; the few that occur are remembered.
+
+    Raises:
+        ProtocolError: it is not one.
+    """
+    header = unpack(data)
+    if header.type != NOTICE or len(data) != HEADER_SIZE:
+        raise ProtocolError("a notice is a header alone")
     return header
 
 
