@@ -59,6 +59,9 @@ def bare_pair(transport: str) -> Iterator[tuple[Channel, socket.socket]]:
         yield channel, bare
 
 
+LARGE = 2 * wire.MAX_INLINE
+"""Bytes that need a segment."""
+
 Piece = tuple[bytes, list[int]]
 """Bytes and the descriptors that came, or go, with them."""
 

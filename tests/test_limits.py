@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import TRANSPORTS, bare_pair, inject, running, wait_until
+from helpers import LARGE, TRANSPORTS, bare_pair, inject, running, wait_until
 
 import fdshare
 from fdshare import (
@@ -25,8 +25,6 @@ from fdshare import (
     wire,
 )
 from fdshare.testing import Child, checked_child, numbered_handle, pattern, read_number
-
-LARGE = 300_000
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -83,7 +81,7 @@ def send_numbered(channel: Channel, count: int, size: int) -> None:
 
 
 def _no_room_at_the_receiver(transport: str, count: int, size: int) -> None:
-    total = count + (size > 100_000)
+    total = count + (size >= LARGE)
     a, b = fdshare.Pipe(transport=transport)
     with a, b:
         a.send("plain")
