@@ -26,10 +26,11 @@ from fdshare.waiting import ChannelSet, wait
 
 if TYPE_CHECKING:
     from fdshare.pool.errors import WorkerDiedError
+    from fdshare.pool.executor import ProcessPoolExecutor
 
 __version__ = "0.1.0"
 
-_LAZY = {"WorkerDiedError": "fdshare.pool.errors"}
+_LAZY = {"ProcessPoolExecutor": "fdshare.pool.executor", "WorkerDiedError": "fdshare.pool.errors"}
 
 
 def __getattr__(name: str) -> Any:
@@ -63,6 +64,7 @@ __all__ = [
     "PeerClosedError",
     "PeerCredentials",
     "Pipe",
+    "ProcessPoolExecutor",
     "ProtocolError",
     "TaskTimeoutError",
     "WorkerDiedError",

@@ -16,8 +16,11 @@ import attrs
 from fdshare import memory, rights, wire
 from fdshare.channel import Channel
 from fdshare.codec import Incoming, Outgoing, PickleCodec, undecodable
+from fdshare.errors import FdLimitError
 from fdshare.handle import FdHandle, HandleList, Handles
 from fdshare.packets import open_packet
+from fdshare.transport import Transport
+from fdshare.transports import SeqpacketTransport
 
 __all__ = [
     "Message",
@@ -163,7 +166,9 @@ def receive(channel: Channel) -> Message:
         if data and not ancillary and data[0] == wire.PICKLE_MARK:
             transport.arrived = None
             return data  # type: ignore[no-any-return]
-    return _message_of(*transport.receive(None))
+    packet = transport.receive(None)
+    _forget_notices(transport)
+    return _message_of(*packet)
 
 
 def receive_now(channel: Channel) -> Message | None:
@@ -172,7 +177,41 @@ def receive_now(channel: Channel) -> Message | None:
     with transport._reading:
         transport.check_open()
         packet = transport._receive_now()
+        if packet is not None:
+            _forget_notices(transport)
     return None if packet is None else _message_of(*packet)
+
+
+def _forget_notices(transport: Transport) -> None:
+    """Each notice stands right before its packet here, so one that is left now is of a packet that was taken back."""
+    if isinstance(transport, SeqpacketTransport) and transport._noticed:
+        transport._noticed.clear()
+        transport.plain = transport.bare
+
+
+def next_tag(channel: Channel, error: OSError) -> int:
+    """Return the tag of the message that :func:`receive` refused with ``error`` and that stays queued; 0 where it is unknown."""
+    if isinstance(error, FdLimitError):
+        try:
+            data = channel._transport.sock.recv(wire.HEADER_SIZE, rights.NOW | rights.PEEK)
+            header = wire.unpack(data)
+        except OSError:
+            return 0
+        if header.total == error.needed:
+            return header.nonce
+    return 0
+
+
+def discard(channel: Channel) -> tuple[int, FdLimitError] | None:
+    """Drop the next message, whose descriptors do not fit into this process; return its tag and the error, None without one."""
+    transport = channel._transport
+    try:
+        data = transport.sock.recv(wire.PACKET_SIZE, rights.NOW)  # and the kernel closes its descriptors
+    except BlockingIOError:
+        return None
+    header = wire.unpack(data)
+    _forget_notices(transport)
+    return header.nonce, rights.limit_error(header.total)
 
 
 def open_message(channel: Channel, message: Message) -> Any:

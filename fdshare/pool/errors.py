@@ -1,12 +1,13 @@
-"""The pool's own exception, apart from the others because its base is in a module that takes long to import."""
+"""The pool's own exception, apart from the others because its base takes long to import; and a process's end in words."""
 
 from __future__ import annotations
 
+import signal
 from concurrent.futures.process import BrokenProcessPool
 
 from fdshare.errors import FdShareError
 
-__all__ = ["WorkerDiedError"]
+__all__ = ["WorkerDiedError", "manner"]
 
 
 class WorkerDiedError(FdShareError, BrokenProcessPool):
@@ -20,3 +21,15 @@ class WorkerDiedError(FdShareError, BrokenProcessPool):
         super().__init__(*args)
         self.pid = pid
         self.exitcode = exitcode
+
+
+def manner(exitcode: int | None) -> str:
+    """Say how a process ended, from its ``exitcode``."""
+    if exitcode is None:
+        return "an unknown end"
+    if exitcode >= 0:
+        return f"exit code {exitcode}"
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"

@@ -1,0 +1,326 @@
+"""``ProcessPoolExecutor``: the standard library's, for calls and results that hold anything a channel carries.
+
+The way of the data::
+
+    |================ parent process ================|============== worker process ==============|
+
+      submit()                                          (one socketpair a worker)
+        | encode: the call is bytes and descriptors now
+        v
+      Pool --- an idle worker? ---- send ------------> inbox --- receive, decode, run, encode --+
+        |                                                |                                       |
+        | none                                           | taken back by the parent's duplicate  |
+        v                                                | of the inbox: cancelled, worker dead, |
+      pending <------------------------------------------+ or another worker idle                |
+        ^                                                                                        |
+        | give more                                                                              |
+      Manager (thread, epoll) <-------- receive, decode, settle the future <------- send --------+
+        ^
+        +------------- pidfd of each worker: it died
+
+A task is in exactly one place: in ``pending``, in a worker's inbox, or in a worker's hands; a packet is atomic, so there is
+nothing in between.  The kernel knows the place even of a worker that was killed, and no lock is shared between processes.
+Nothing polls: the parent wakes for answers, deaths and deadlines only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing as mp
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+from fdshare.codec import Outgoing
+from fdshare.pool import manager as managers
+from fdshare.pool.calls import encode_call, run_chunk
+from fdshare.pool.pool import Pool
+from fdshare.pool.tasks import Task, TaskFuture
+
+__all__ = ["ProcessPoolExecutor"]
+
+T = TypeVar("T")
+
+_exiting = False
+
+
+def _before_exit() -> None:
+    """Let every pool finish its tasks before the interpreter goes; called before non-daemon threads are joined."""
+    global _exiting
+    _exiting = True
+    threads = list(managers.running)
+    for manager in threads:
+        manager.exiting = True
+        manager.wake()
+    for manager in threads:
+        manager.join()
+
+
+# As the standard executor does: atexit would be too late, as threads are joined before it.
+threading._register_atexit(_before_exit)  # type: ignore[attr-defined]
+
+
+def _cpu_count() -> int:
+    count = getattr(os, "process_cpu_count", os.cpu_count)()
+    return count or 1
+
+
+class ProcessPoolExecutor(Executor):
+    """Runs calls in worker processes; a drop-in for ``concurrent.futures.ProcessPoolExecutor``.
+
+    Args:
+        max_workers: how many processes at most; None for one a processor.
+        mp_context: how processes are started, as ``multiprocessing.get_context`` returns it; None for the default.
+        initializer, initargs: called in each worker before its first task.
+        max_tasks_per_child: tasks after which a worker is replaced; None for no limit; not with the start method fork.
+        restart_workers: whether a dead worker is replaced and only its task fails; False breaks the whole pool, as the
+            standard executor does.
+
+    Raises:
+        ValueError, TypeError: as the standard executor.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: Any = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        restart_workers: bool = True,
+    ) -> None:
+        if max_workers is None:
+            max_workers = _cpu_count()
+        elif max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        if mp_context is None:
+            mp_context = mp.get_context("spawn") if max_tasks_per_child is not None else mp.get_context()
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_tasks_per_child is not None:
+            if not isinstance(max_tasks_per_child, int):
+                raise TypeError("max_tasks_per_child must be an integer")
+            if max_tasks_per_child <= 0:
+                raise ValueError("max_tasks_per_child must be >= 1")
+            if mp_context.get_start_method(allow_none=False) == "fork":
+                raise ValueError(
+                    "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; "
+                    "supply a different mp_context."
+                )
+        pool = Pool(
+            max_workers, mp_context, initializer, tuple(initargs), max_tasks_per_child, restart_workers
+        )
+        self._pool = pool
+
+        def collected(_: object, pool: Pool = pool) -> None:
+            pool.closing = True
+            pool.wake()
+
+        self._collected = weakref.ref(self, collected)
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> TaskFuture:
+        """Schedule ``fn(*args, **kwargs)`` and return its future.
+
+        The call is encoded before this returns: its files and sockets may be closed and its arrays changed at once.
+        What cannot be encoded is the future's exception.
+
+        Raises:
+            RuntimeError: after shutdown.
+            BrokenProcessPool: the pool is broken.
+        """
+        return self._submit(fn, args, kwargs, None, 0)
+
+    def _submit(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        retries: int,
+    ) -> TaskFuture:
+        pool = self._pool
+        if _exiting:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        if pool.closing or pool.broken is not None or pool.abandoned:
+            pool.check_open()
+        future = TaskFuture()
+        try:
+            message = encode_call(function, args, kwargs)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- any __reduce__ may raise anything
+            future.start()
+            future.set_exception(error)
+            return future
+        task = Task(pool, future, timeout, retries)
+        try:
+            pool.submit(task, message)
+        except BaseException:
+            task.release()
+            if isinstance(message, Outgoing):
+                message.failed()
+            raise
+        if isinstance(message, Outgoing):
+            message.sent()
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Return an iterator over ``map(fn, *iterables)``, with the calls made by the workers.
+
+        Args:
+            timeout: seconds from now after which ``next()`` raises TimeoutError.
+            chunksize: how many calls make one task.
+            buffersize: most tasks whose results have not been yielded yet, so that endless iterables work; None takes the
+                iterables in at once.
+
+        Raises:
+            ValueError, TypeError: chunksize or buffersize makes no sense.
+        """
+        return self._map(fn, iterables, timeout, chunksize, buffersize, None, 0)
+
+    def _map(
+        self,
+        fn: Callable[..., T],
+        iterables: tuple[Iterable[Any], ...],
+        timeout: float | None,
+        chunksize: int,
+        buffersize: int | None,
+        task_timeout: float | None,
+        retries: int,
+    ) -> Iterator[T]:
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None:
+            if not isinstance(buffersize, int):
+                raise TypeError("buffersize must be an integer or None")
+            if buffersize < 1:
+                raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
+        if chunksize > 1:
+            calls = ((fn, chunk) for chunk in _chunks(calls, chunksize))
+        function: Callable[..., Any] = fn if chunksize == 1 else run_chunk
+        first = calls if buffersize is None else itertools.islice(calls, buffersize)
+        futures = deque(self._submit(function, args, {}, task_timeout, retries) for args in first)
+        # Neither the iterator nor what it waits for may keep the executor alive.
+        executor = weakref.ref(self)
+
+        def submit_next() -> None:
+            owner = executor()
+            if owner is not None and (args := next(calls, None)) is not None:
+                futures.append(owner._submit(function, args, {}, task_timeout, retries))
+
+        refill = submit_next if buffersize is not None else None
+        results = _results(futures, deadline, refill)
+        return results if chunksize == 1 else _flattened(results)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks, finish those there are, end the workers.
+
+        Args:
+            wait: whether to return only when all of that is done.
+            cancel_futures: cancel every task that no worker has begun.
+
+        Raises:
+            RuntimeError: it would have to wait for itself, inside a callback of one of its futures.
+        """
+        pool = self._pool
+        with pool.lock:
+            pool.closing = True
+        if cancel_futures:
+            pool.withdraw_all()
+        pool.wake()
+        manager = pool.manager
+        if wait and manager is not None and not pool.abandoned:
+            manager.join()
+
+    def terminate_workers(self) -> None:
+        """End all workers at once by SIGTERM; tasks that wait are cancelled, those that run fail.
+
+        Does not wait for their end.
+
+        Raises:
+            PermissionError: a worker has changed its user.
+        """
+        self._end_workers(terminate=True)
+
+    def kill_workers(self) -> None:
+        """End all workers at once by SIGKILL; tasks that wait are cancelled, those that run fail.
+
+        Does not wait for their end.
+
+        Raises:
+            PermissionError: a worker has changed its user.
+        """
+        self._end_workers(terminate=False)
+
+    def _end_workers(self, *, terminate: bool) -> None:
+        pool = self._pool
+        with pool.lock:
+            processes = [worker.process for worker in pool.workers.values()]
+        self.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            try:
+                if terminate:
+                    process.terminate()
+                else:
+                    process.kill()
+            except (ValueError, ProcessLookupError):
+                pass  # ended and closed meanwhile
+
+    @property
+    def _processes(self) -> dict[int, Any]:
+        """The worker processes by pid, under the name that tools written for the standard executor know."""
+        with self._pool.lock:
+            return {worker.pid: worker.process for worker in self._pool.workers.values()}
+
+
+def _chunks(calls: Iterator[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
+    while chunk := list(itertools.islice(calls, size)):
+        yield chunk
+
+
+def _results(
+    futures: deque[TaskFuture], deadline: float | None, submit_next: Callable[[], None] | None
+) -> Iterator[Any]:
+    """Yield the results in order; cancel what is left when the caller has enough, or something failed."""
+    try:
+        while futures:
+            if submit_next is not None:
+                submit_next()
+            yield _result_of(futures.popleft(), deadline)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _result_of(future: TaskFuture, deadline: float | None) -> Any:
+    try:
+        try:
+            return future.result(None if deadline is None else deadline - time.monotonic())
+        finally:
+            future.cancel()
+    finally:
+        del future  # an exception's traceback refers to this frame
+
+
+def _flattened(results: Iterator[list[Any]]) -> Iterator[Any]:
+    for chunk in results:
+        chunk.reverse()
+        while chunk:
+            yield chunk.pop()

@@ -1,0 +1,113 @@
+"""``Task``, one call on its way through the pool, and ``TaskFuture``, which can still cancel what no worker has begun."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from concurrent.futures import Future
+from concurrent.futures import _base as states
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from fdshare.parcel import Message, Parcel
+
+if TYPE_CHECKING:
+    from fdshare.pool.pool import Pool
+    from fdshare.pool.workers import Worker
+
+__all__ = ["CALL", "KIND_BITS", "Task", "TaskFuture"]
+
+KIND_BITS = 3
+KIND_MASK = (1 << KIND_BITS) - 1
+# A message's tag is the task's number and one of these.  From the parent:
+CALL, STOP = 0, 1
+# From a worker:
+RESULT, ERROR, READY, INITIALIZER_FAILED, CANNOT_RECEIVE = 0, 1, 2, 3, 4
+
+logger = logging.getLogger("fdshare.pool")
+logger.addHandler(logging.NullHandler())  # silent unless the program asks for it
+
+_numbers = itertools.count(1)
+
+
+class TaskFuture(Future[Any]):
+    """A future of the pool.
+
+    It is "running" once its call was sent to a worker; while that worker has not begun it, it can still be cancelled.
+    """
+
+    _task: Task | None = None
+    """The way back to the pool, until the call is settled."""
+
+    def cancel(self) -> bool:
+        """Cancel the call unless a worker has begun it; return whether it is cancelled."""
+        task = self._task
+        if task is not None and task.pool.withdraw(task):
+            self.cancel_withdrawn()
+        return super().cancel()
+
+    def cancel_withdrawn(self) -> None:
+        """Become cancelled, now that the pool has let go of the call."""
+        with self._condition:
+            if self._state == states.RUNNING:  # it was sent, and taken back
+                self._state = states.PENDING
+        if super().cancel() and self._state == states.CANCELLED:
+            self.set_running_or_notify_cancel()
+
+    def _invoke_callbacks(self) -> None:
+        for callback in self._done_callbacks:  # type: ignore[attr-defined]  # Future's own list
+            try:
+                callback(self)
+            except BaseException:  # noqa: BLE001 -- sys.exit() too: it must not end the thread that serves all tasks
+                states.LOGGER.exception("exception calling callback for %r", self)
+
+    def start(self) -> bool:
+        """Mark the call as sent; False where it was cancelled before."""
+        with self._condition:
+            if self._state == states.PENDING:
+                self._state = states.RUNNING
+                return True
+            return self._state == states.RUNNING  # taken back from a worker, and sent again
+
+
+@attrs.define(eq=False, slots=True)
+class Task:
+    """One call: its encoded form until a worker has it, its future until that is settled."""
+
+    pool: Pool
+    future: TaskFuture
+    timeout: float | None = None
+    """Seconds it may run."""
+    retries: int = 0
+    """How often it may run again after the death of its worker."""
+    message: Message | None = None
+    """None while a worker's inbox holds it."""
+    number: int = attrs.field(factory=_numbers.__next__, init=False)
+    worker: Worker | None = attrs.field(default=None, init=False)
+    timed_out: bool = attrs.field(default=False, init=False)
+    choked_since: float | None = attrs.field(default=None, init=False)
+    """Since when the system has refused to carry its descriptors (time.monotonic())."""
+
+    def release(self) -> None:
+        """Let go of the encoded call and its descriptors, and of the future's way back to this task."""
+        message, self.message = self.message, None
+        if isinstance(message, Parcel):
+            message.close()
+        self.future._task = None
+
+    def finish(self, value: Any) -> None:
+        """Settle the future with a result."""
+        self.release()
+        try:
+            self.future.set_result(value)
+        except states.InvalidStateError:
+            logger.warning("task %d: somebody else has settled its future", self.number)
+
+    def fail(self, error: BaseException) -> None:
+        """Settle the future with an exception."""
+        self.release()
+        try:
+            self.future.set_exception(error)
+        except states.InvalidStateError:
+            logger.warning("task %d: somebody else has settled its future", self.number)

@@ -1,0 +1,224 @@
+"""What runs in a worker process: take a call, run it, send what came of it, until told to stop.
+
+The worker says nothing when it begins a task: what it has taken out of its inbox and not answered is what it is running, and
+the parent holds a duplicate of the inbox.  It dies with its parent, in whatever code it is at that moment.
+"""
+
+from __future__ import annotations
+
+import _thread
+import fcntl
+import os
+import select
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import _base
+from concurrent.futures.process import _ExceptionWithTraceback
+from typing import Any
+
+from fdshare import parcel
+from fdshare.channel import Channel
+from fdshare.codec import Outgoing, PickleCodec
+from fdshare.errors import NotSendableError, PeerClosedError
+from fdshare.handle import FdHandle
+from fdshare.pool.calls import FunctionCache
+from fdshare.pool.tasks import (
+    CALL,
+    CANNOT_RECEIVE,
+    ERROR,
+    INITIALIZER_FAILED,
+    KIND_BITS,
+    KIND_MASK,
+    READY,
+    RESULT,
+)
+
+__all__ = ["main"]
+
+_encode = PickleCodec().encode
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+def main(
+    channel: Channel,
+    life: FdHandle,
+    initializer: Callable[..., object] | None,
+    initargs: tuple[Any, ...],
+    max_tasks: int | None,
+) -> None:
+    """Serve tasks.
+
+    Args:
+        channel: the worker's end; calls come in, results go out.
+        life: a pipe whose other end only the parent has: it hangs up when the parent is gone.
+        initializer, initargs: called before the first task.
+        max_tasks: how many tasks to run before leaving; None for no limit.
+    """
+    _die_with_parent(life)
+    os.register_at_fork(after_in_child=_note_fork)
+    if initializer is not None:
+        try:
+            initializer(*initargs)
+        except BaseException as error:  # noqa: BLE001 -- the standard executor's behaviour
+            _base.LOGGER.critical("Exception in initializer:", exc_info=True)
+            _answer(channel, INITIALIZER_FAILED, [(0, error)])
+            return
+    try:
+        _answer(channel, READY, [None])
+        _serve(channel, max_tasks)
+    except PeerClosedError:
+        pass
+
+
+def _die_with_parent(life: FdHandle) -> None:
+    """Arrange that the kernel kills this process when the parent is gone, also in the middle of a task.
+
+    PR_SET_PDEATHSIG would do so when the parent's *thread* ends, and forgets itself when the process changes its user.
+    """
+    fd = life.fileno()
+    if sys.platform == "linux":
+        fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    else:
+        _thread.start_new_thread(_watch, (fd,))
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if poll.poll(0):  # gone before it was asked for
+        os._exit(1)
+
+
+def _watch(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.poll()
+    os._exit(1)
+
+
+def _serve(channel: Channel, max_tasks: int | None) -> None:
+    cache = FunctionCache()
+    done = 0
+    while max_tasks is None or done < max_tasks:
+        try:
+            message = parcel.receive(channel)
+        except KeyboardInterrupt:
+            continue  # meant for the parent, which ends this process by closing the channel
+        except PeerClosedError:
+            raise
+        except OSError as error:
+            # Descriptors that do not fit, or were dropped: this process cannot be trusted with the next task either.
+            _answer(channel, CANNOT_RECEIVE, [(parcel.next_tag(channel, error) >> KIND_BITS, error)])
+            return
+        tag = parcel.tag_of(message)
+        if tag & KIND_MASK != CALL:
+            return
+        number = tag >> KIND_BITS
+        if type(message) is bytes:
+            _perform(channel, message, number, cache)
+        else:
+            with warnings.catch_warnings():
+                # Its descriptors end here unless the function took them over: that is no fault of the function.
+                warnings.simplefilter("ignore", ResourceWarning)
+                _perform(channel, message, number, cache)
+        del message
+        done += 1
+
+
+def _perform(channel: Channel, message: parcel.Message, number: int, cache: FunctionCache) -> None:
+    """Run one task and send what comes of it."""
+    try:
+        call = parcel.open_message(channel, message)
+        if len(call) == 3:
+            function, args, kwargs = call
+        else:
+            function, args, kwargs = cache.load(call[0], call[1]), call[2], call[3]
+        del call, message
+        value = [function(*args, **kwargs)]
+        kind = RESULT
+    except BaseException as error:  # noqa: BLE001 -- whatever a task raises is its result
+        value, kind = [_with_traceback(error)], ERROR
+    function = args = kwargs = None
+    if _forked:
+        os._exit(0)  # a child that the task forked, and that came back: it is not the worker
+    _answer(channel, number << KIND_BITS | kind, value)
+
+
+def _with_traceback(error: BaseException) -> Any:
+    return _ExceptionWithTraceback(error, error.__traceback__)  # type: ignore[arg-type]  # may be None
+
+
+def _answer(channel: Channel, tag: int, value: list[Any]) -> None:
+    """Send a result or exception, the only item of ``value``; where it cannot travel, say that instead.
+
+    Raises:
+        PeerClosedError: the parent is gone.
+    """
+    try:
+        _send(channel, tag, value)
+        return
+    except PeerClosedError:
+        raise
+    except BaseException as failure:  # noqa: BLE001 -- sys.exit() while a result is pickled, too
+        if tag < 1 << KIND_BITS:
+            value[0] = (0, RuntimeError(f"{value[0][1]!r}, which cannot travel: {failure}"))
+        elif type(value[0]) is _ExceptionWithTraceback:
+            value[0] = _explained(value[0], failure)
+        else:
+            value[0] = _with_traceback(failure)
+            tag |= ERROR
+    try:
+        _send(channel, tag, value)
+    except PeerClosedError:
+        raise
+    except BaseException as failure:  # noqa: BLE001 -- an exception raised by pickling that cannot be pickled itself
+        _send(channel, tag, [_explained(value[0], failure)])
+
+
+def _explained(value: Any, failure: BaseException) -> Any:
+    """Return an exception that can travel, for one that cannot."""
+    original: BaseException = value.exc
+    try:
+        text = f"{type(original).__name__}: {original}"
+    except BaseException:  # noqa: BLE001 -- any __str__ may raise anything
+        text = type(original).__name__
+    explained = _with_traceback(
+        NotSendableError(
+            f"the task raised an exception that cannot travel ({failure}): {text}",
+            type_name=f"{type(original).__module__}.{type(original).__qualname__}",
+        )
+    )
+    explained.tb = value.tb
+    return explained
+
+
+def _send(channel: Channel, tag: int, value: list[Any]) -> None:
+    """Encode and send the only item of ``value``; it is dropped once it has gone."""
+    message = _encode(value[0])
+    if type(message) is bytes and channel._send_bare is not None:
+        value.clear()
+        parcel.send(channel, message + tag.to_bytes(8, "little"))
+        return
+    try:
+        sealed = parcel.seal(message, tag)
+        try:
+            parcel.send(channel, sealed)
+        finally:
+            if isinstance(sealed, parcel.Parcel):
+                sealed.close()
+        if isinstance(message, Outgoing):
+            message.sent()
+    except BaseException:
+        if isinstance(message, Outgoing):
+            message.failed()
+        raise
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the parent has its descriptors now
+        value.clear()
+        del message

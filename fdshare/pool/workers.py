@@ -1,0 +1,215 @@
+"""``Worker``, what the parent knows and holds of one worker process, and how one is started."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from fdshare import parcel
+from fdshare.channel import Channel, Pipe
+from fdshare.errors import FdLimitError, PeerClosedError
+from fdshare.handle import FdHandle, own
+from fdshare.pool import worker as process_side
+from fdshare.pool.tasks import KIND_BITS, STOP, Task
+
+__all__ = ["Worker", "start_worker"]
+
+FIRST_DEPTH = 2
+"""Tasks a worker may hold while nothing is known of how long they take: one to run, one to find when it is done."""
+
+MAX_DEPTH = 32
+"""Most tasks a worker may hold."""
+
+QUEUED_SECONDS = 0.002
+"""How much work a worker may hold in advance: enough that it never waits for the parent between short tasks."""
+
+_STOP_MESSAGE = parcel.seal(pickle.dumps(None, 5), STOP)
+
+
+@attrs.define(eq=False)
+class Worker:
+    """One worker process.
+
+    ``channel`` is the parent's end of the connection; ``inbox`` is a duplicate of the worker's own end, from which tasks are
+    taken back that the worker has not begun: before it dies, after it died, or because another one is idle.
+    """
+
+    process: Any
+    channel: Channel
+    inbox: Channel
+    life: FdHandle
+    """Hangs up in the worker when this process is gone."""
+    left: int | None
+    """How many more tasks it may be given; None for no limit."""
+    death: FdHandle | None = None
+    """A pidfd; None where the system has none and the process's own sentinel must do."""
+    assigned: dict[int, Task] = attrs.field(factory=dict)
+    """What was sent and not answered, oldest first."""
+    depth: int = FIRST_DEPTH
+    pace: float = 0.0
+    """Seconds a task takes, as an average that forgets."""
+    since: float = attrs.field(factory=time.monotonic)
+    """When the oldest task of ``assigned`` began, at the latest (time.monotonic())."""
+    done: int = 0
+    ready: bool = False
+    leaving: bool = False
+    """It must not be given more tasks: told to stop, at its limit, or about to be killed."""
+    idle: bool = False
+    """Whether it is in the pool's list of idle workers."""
+    killed: bool = False
+    """Whether the pool killed it."""
+    leaves: bool = False
+    """Whether it said that it will leave."""
+    error: BaseException | None = None
+    """Why it leaves."""
+    refused: int = 0
+    """The number of the task that it could not receive."""
+    pid: int = -1
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be given one more task."""
+        return len(self.assigned) < self.depth and not self.leaving and self.left != 0
+
+    def sentinel(self) -> int:
+        """Borrow the descriptor that becomes readable when the process has ended."""
+        return self.process.sentinel if self.death is None else self.death.fileno()
+
+    def deadline(self) -> float | None:
+        """Return when the task that it is running is past its limit (time.monotonic()); None without one."""
+        if not self.ready or self.killed:
+            return None
+        for task in self.assigned.values():
+            return None if task.timeout is None else self.since + task.timeout
+        return None
+
+    def note_answers(self, count: int, now: float) -> None:
+        """Learn from ``count`` answers that came until ``now`` how many tasks are worth holding in advance."""
+        self.done += count
+        took = (now - self.since) / count
+        self.since = now
+        self.pace = took if not self.pace else 0.75 * self.pace + 0.25 * took
+        self.depth = min(MAX_DEPTH, FIRST_DEPTH + int(QUEUED_SECONDS / max(self.pace, 1e-6)))
+
+    def recall(self, most: int) -> list[Task]:
+        """Take back up to ``most`` tasks that the worker has not begun, oldest first.
+
+        Raises:
+            FdLimitError: no room here for the descriptors of the first.
+        """
+        tasks: list[Task] = []
+        try:
+            while len(tasks) < most:
+                message = parcel.receive_now(self.inbox)
+                if message is None:
+                    break
+                task = self.assigned.pop(parcel.tag_of(message) >> KIND_BITS, None)
+                if task is None:  # a stop message
+                    break
+                if isinstance(task.message, parcel.Parcel):
+                    task.message.close()
+                task.message, task.worker = message, None
+                tasks.append(task)
+                if self.left is not None:
+                    self.left += 1
+        except PeerClosedError:
+            pass
+        except FdLimitError:
+            if not tasks:
+                raise
+        return tasks
+
+    def stop(self) -> None:
+        """Tell it to end when it has done what it holds."""
+        if not self.leaving:
+            self.leaving = self.leaves = True
+            parcel.send_now(self.channel, _STOP_MESSAGE)
+
+    def kill(self) -> None:
+        """Kill it."""
+        self.leaving = self.killed = True
+        self.process.kill()
+
+    def close(self) -> None:
+        """Let go of every descriptor; the process has ended or will, as its life line does."""
+        self.channel.close()
+        self.inbox.close()
+        self.life.close()
+        if self.death is not None:
+            self.death.close()
+
+
+def start_worker(
+    context: Any,
+    initializer: Callable[..., object] | None,
+    initargs: tuple[Any, ...],
+    max_tasks: int | None,
+    nascent: list[Worker],
+) -> Worker:
+    """Start a process and return it.
+
+    Args:
+        nascent: holds the worker while it is being started, for the fork handler to tell it from the others.
+
+    Raises:
+        OSError, pickle.PicklingError, …: it could not be started; nothing is left behind.
+    """
+    ours, inbox = Pipe()
+    try:
+        ends = os.pipe()
+    except BaseException:
+        ours.close()
+        inbox.close()
+        raise
+    reader, writer = map(FdHandle, ends)
+    process = context.Process(
+        target=process_side.main,
+        args=(inbox, reader, Portable(initializer) if initializer else None, initargs, max_tasks),
+    )
+    worker = Worker(process, ours, inbox, writer, max_tasks)
+    nascent.append(worker)
+    try:
+        process.start()
+        worker.pid = process.pid
+        if hasattr(os, "pidfd_open"):
+            worker.death = own(os.pidfd_open, process.pid)
+    except BaseException:
+        if process.pid is not None:
+            process.kill()
+            process.join()
+        worker.close()
+        raise
+    finally:
+        nascent.remove(worker)
+        reader.close()
+    return worker
+
+
+class Portable:
+    """An initializer that multiprocessing may pickle: by name where that works, else by value."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> object:
+        return self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing.reduction import ForkingPickler
+
+        try:
+            ForkingPickler.dumps(self.function)
+        except Exception:  # noqa: BLE001 -- pickle raises many; by value it may work, or say why not
+            import cloudpickle
+
+            return _load_portable, (cloudpickle.dumps(self.function),)
+        return Portable, (self.function,)
+
+
+def _load_portable(code: bytes) -> Portable:
+    return Portable(pickle.loads(code))
