@@ -10,7 +10,6 @@ system call, no header.  Everything else takes the slow path below it.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import pickle
 import select
@@ -22,14 +21,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fdshare import memory, reducers, rights, wire
-from fdshare.codec import Codec, Outgoing, PickleCodec, undecodable
+from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, undecodable
 from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, inheritable, own, to_socket
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.packets import open_packet
 from fdshare.transport import other_threads
-from fdshare.transports import socketpair, transport_of
+from fdshare.transports import SeqpacketTransport, socketpair, transport_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,13 +37,9 @@ __all__ = ["Channel", "Pipe"]
 
 _PICKLE = PickleCodec()
 _PICKLE_MARK = wire.PICKLE_MARK
+_NOTICE_MARK = bytes([wire.NOTICE])
 _loads = pickle.loads
 _SEND_NOW = rights.SEND_NOW
-_nonces = itertools.count(1)
-
-
-def _nonce() -> int:
-    return (os.getpid() << 40 | next(_nonces)) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 class Channel:
@@ -86,6 +81,7 @@ class Channel:
         transport.bare = codec is None and transport.name == "seqpacket"
         transport.plain = transport.bare and readable
         self._send_bare = sock.send if transport.bare and writable else None
+        self._few = transport if writable and isinstance(transport, SeqpacketTransport) else None
 
     # --- messages -------------------------------------------------------------------------------------------------------
 
@@ -112,6 +108,9 @@ class Channel:
                 return
             except OSError:
                 pass  # full, closed, gone: the slow path tells
+        elif self._few is not None and type(message) is Outgoing and self._few.send_few(message):
+            message.sent()
+            return
         self._send_slowly(message, wire.MESSAGE, timeout)
 
     def recv(self, *, timeout: float | None = None) -> Any:
@@ -151,6 +150,10 @@ class Channel:
                     raise
                 transport.arrived = None  # no interrupt can come between this and the caller
                 return obj
+            if not ancillary and data[:1] == _NOTICE_MARK:
+                few = transport.receive_few()
+                if few is not None:
+                    return self._codec.decode(Incoming(*few))
         return self._recv_slowly(timeout, wire.MESSAGE)
 
     def __iter__(self) -> Iterator[Any]:
@@ -301,7 +304,7 @@ class Channel:
                 self._transport.send(b"", payload, (), deadline)
             else:
                 flags = wire.BUNDLE if len(fds) > wire.MAX_FDS_PER_PACKET else 0
-                header = wire.pack(type, flags, len(fds), 0, size, 0, _nonce() if fds else 0)
+                header = wire.pack(type, flags, len(fds), 0, size, 0, wire.nonce() if fds else 0)
                 self._with_bundle(header, payload, fds, deadline)
             return
         if not out.buffers or size > min(max_inline, wire.ALWAYS_INLINE):
@@ -311,7 +314,7 @@ class Channel:
         parts, segment_size = wire.lay_out(parts, size if flags else 0, out.buffers)
         flags |= wire.SEGMENT if len(fds) < wire.MAX_FDS_PER_PACKET else wire.SEGMENT | wire.BUNDLE
         # All bounds are checked before memory is spent.
-        header = wire.pack(type, flags, len(fds), len(out.buffers), size, segment_size, _nonce())
+        header = wire.pack(type, flags, len(fds), len(out.buffers), size, segment_size, wire.nonce())
         transport = self._transport
         reservation = transport.in_flight.reserve(segment_size, deadline)
         segment, sealed = memory.write_segment(parts)

@@ -323,6 +323,10 @@ class Transport:
     def _receive_now(self) -> Packet | None:
         raise NotImplementedError
 
+    def receive_few(self) -> tuple[memoryview, HandleList] | None:
+        """Receive a small message with some descriptors the short way; None where there is none."""
+        return None
+
     def has_message(self) -> bool:
         """Whether a readable socket has something to receive, or the end; a notice alone is nothing."""
         raise NotImplementedError

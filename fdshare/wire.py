@@ -36,6 +36,8 @@ header tells of them before they are taken.  There are no notices and no header-
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import struct
 from typing import Any, NamedTuple
 
@@ -136,6 +138,14 @@ def pack(
     if segment_size > MAX_SEGMENT:
         raise MessageTooLargeError(f"a segment of {segment_size} bytes; MAX_SEGMENT is {MAX_SEGMENT}")
     return _LAYOUT.pack(type, flags, 0, descriptors, buffers, 0, payload_size, segment_size, nonce)
+
+
+_counter = itertools.count(1)
+
+
+def nonce() -> int:
+    """Return a number that no other packet on this machine has, for a while: the process and a count."""
+    return (os.getpid() << 40 | next(_counter)) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def notice_of(header: bytes) -> bytes:
