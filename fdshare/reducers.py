@@ -41,6 +41,9 @@ class Context(Protocol):
     moving: int
     """Above zero inside ``move(...)``: the object changes owner with the message."""
 
+    memo: Any
+    """Pickle's: what is in the message already, by id, once copied."""
+
     def lend(self, fd: int, owner: object) -> int:
         """Put ``fd`` into the message, keeping ``owner`` alive until it is sent; return its index there."""
 
@@ -194,6 +197,13 @@ def _refusal(reason: str) -> Reducer:
     return refuse
 
 
+def refuse_early(obj: object, context: Context) -> None:
+    """Raise :class:`Refused` where ``obj`` is of a type that never travels, before anything around it is touched."""
+    reducer = find_reducer(type(obj))
+    if reducer in _refusals:
+        reducer(obj, context)
+
+
 class Refused(Exception):
     """Inside the encoder: ``obj`` cannot travel, because of ``reason``."""
 
@@ -337,6 +347,8 @@ for _name, _reason in {
     "lzma.LZMAFile": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
     "_io.BufferedRWPair": "it joins two streams: send the two",
     "builtins.memoryview": "a view borrows its memory: send bytes(view), or the object it looks into",
+    "socket.SocketIO": "it belongs to its socket: send the socket, and call makefile() there",
+    "codecs.StreamReaderWriter": "it reads ahead out of reach: use open(..., encoding=...), not codecs.open",
     "mmap.mmap": "a mapping is of this process: send the file and map it there",
     "subprocess.Popen": "a process belongs to its parent: send its pipes (stdin, stdout, stderr)",
 }.items():
