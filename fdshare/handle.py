@@ -116,6 +116,13 @@ def as_fd(obj: HasFileno | int) -> int:
     return fd
 
 
+def unarmed() -> FdHandle:
+    """Return a handle that owns nothing yet; for :func:`own` and its like."""
+    handle = FdHandle.__new__(FdHandle)
+    handle._fd, handle._kind, handle._format = -1, None, -1
+    return handle
+
+
 def own(function: Callable[..., int], *arguments: Any) -> FdHandle:
     """Call ``function``, which returns a new descriptor, and own the result.
 
@@ -125,8 +132,7 @@ def own(function: Callable[..., int], *arguments: Any) -> FdHandle:
     Raises:
         OSError: as ``function``.
     """
-    handle = FdHandle(0)
-    handle._fd = -1
+    handle = unarmed()
     for _ in map(_arm, (handle,), starmap(function, (arguments,))):
         break
     return handle

@@ -11,7 +11,7 @@ A message is one packet.  On SEQPACKET the kernel keeps packets apart:
          1    1 flags          1 SEGMENT    the last descriptor is a memory segment
                                2 BUNDLE     the only descriptor is a socket that holds the message's, in batches
                                4 IN_SEGMENT the payload is at the start of the segment, not in the packet
-                               8 FILE       the segment is an ordinary unlinked file (no seals: copy, never map)
+                               8 FILE       the segment is a pipe or an unlinked file (no seals: copy, never map)
          2    2 zero
          4    4 descriptors    of the message itself, without the segment
          8    4 buffers        out-of-band buffers, in the segment
