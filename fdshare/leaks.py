@@ -130,7 +130,7 @@ class LeakCheck:
     Args:
         grace: seconds to wait for what is about to go away; None is GRACE.
         closed: also report descriptors that were open at the start and are not any more, which is how
-            closing somebody else's descriptor (a number closed twice) shows.
+            closing somebody else's descriptor (a number closed twice) shows; 0, 1 and 2 always are.
 
     Leaving the block raises :class:`LeakError`, unless it is left by another exception.
     """
@@ -163,9 +163,11 @@ class LeakCheck:
         before, after = self._before, _Snapshot.take()
         opened = [fd for fd, what in after.descriptors.items() if before.descriptors.get(fd) != what]
         found = [_describe_descriptor(fd) for fd in sorted(opened)]
-        if self._closed:
-            gone = sorted(before.descriptors.keys() - after.descriptors.keys())
-            found += [f"descriptor {fd} was closed: {before.descriptors[fd][-1] or 'no link'}" for fd in gone]
+        # Of the standard descriptors nobody but the program itself may dispose.
+        gone = sorted(
+            fd for fd in before.descriptors.keys() - after.descriptors.keys() if self._closed or fd <= 2
+        )
+        found += [f"descriptor {fd} was closed: {before.descriptors[fd][-1] or 'no link'}" for fd in gone]
         found += [
             f"thread {thread.name!r} (daemon={thread.daemon})" for thread in after.threads - before.threads
         ]

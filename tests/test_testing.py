@@ -169,6 +169,10 @@ def _leaks_descriptor() -> None:
     os.dup(0)
 
 
+def _closes_stdin() -> None:
+    os.close(0)
+
+
 def _leaks_thread() -> None:
     threading.Thread(target=threading.Event().wait, name="forgotten", daemon=True).start()
 
@@ -205,6 +209,7 @@ def test_child_returns_a_value(method: str) -> None:
     ("target", "what"),
     [
         (_leaks_descriptor, r"child \d+ leaked:\s+descriptor \d+ \("),
+        (_closes_stdin, "descriptor 0 was closed"),
         (_leaks_thread, "thread 'forgotten'"),
         (_leaks_child, "child process"),
         (_drops_handle, "ResourceWarning.*unclosed <FdHandle"),
