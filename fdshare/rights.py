@@ -131,7 +131,7 @@ class Arrived(Adopted):
             handles = self.__dict__.setdefault("_handles", Handles())
             # An interrupt inside leaves the list shorter: the rest is still ours.
             handles.extend(map(FdHandle, numbers_in(self[1])[len(handles) :]))
-            if len(self[1]) > 1:
+            if len(self[1]) > 1 or self[1][0][:2] != _RIGHTS:
                 _close_pidfds(self[1])
         self.__class__ = Adopted  # type: ignore[assignment]  # and with it goes __del__
         return self._handles
