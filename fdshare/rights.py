@@ -7,6 +7,7 @@ in map(Arrived, starmap(sock.recvmsg, ...)): break`` stores the owner of what ca
 
 from __future__ import annotations
 
+import _socket
 import array
 import errno
 import os
@@ -19,7 +20,7 @@ from itertools import starmap
 from typing import Any
 
 from fdshare.errors import DescriptorsLostError, FdLimitError, MessageTooLargeError, ProtocolError
-from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, HasFileno, as_fd, to_socket
+from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, HasFileno, as_fd, own, to_socket
 from fdshare.wire import MAX_FDS_PER_PACKET
 
 __all__ = ["Arrived", "recv_fds", "send_fds"]
@@ -186,21 +187,22 @@ def lost(expected: int, received: int) -> DescriptorsLostError:
     )
 
 
-def make_bundle(fds: Sequence[int]) -> socket.socket:
+def make_bundle(fds: Sequence[int]) -> FdHandle:
     """Return a socket that holds ``fds`` in batches, to travel in a packet in their place.
 
     Raises:
         OSError: EMFILE, ETOOMANYREFS, EBADF.
     """
-    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with writer:
-        try:
-            for first in range(0, len(fds), MAX_FDS_PER_PACKET):
-                writer.sendmsg([b"\0"], rights(fds[first : first + MAX_FDS_PER_PACKET]), SEND_NOW)
-        except BaseException:
-            reader.close()
-            raise
-    return reader
+    # Sockets of C alone own themselves from the call on; socket.socketpair has Python in between.
+    for reader, writer in starmap(_socket.socketpair, ((socket.AF_UNIX, socket.SOCK_STREAM),)):  # noqa: B007
+        break
+    try:
+        for first in range(0, len(fds), MAX_FDS_PER_PACKET):
+            writer.sendmsg([b"\0"], rights(fds[first : first + MAX_FDS_PER_PACKET]), SEND_NOW)
+        return own(reader.detach)
+    finally:
+        reader.close()
+        writer.close()
 
 
 def unbundle(bundle: FdHandle, total: int) -> Handles:

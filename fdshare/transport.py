@@ -232,7 +232,7 @@ class Transport:
             except OSError as error:
                 drained = self._wait_for_drain(error, fds, drained, deadline)
 
-    def bundle(self, fds: Sequence[int], deadline: float | None) -> socket.socket:
+    def bundle(self, fds: Sequence[int], deadline: float | None) -> FdHandle:
         """Return a bundle of ``fds``, waiting for descriptors in flight to drain where the system wants that.
 
         Raises:
