@@ -153,9 +153,14 @@ class ReadAhead(io.RawIOBase):
         return self.raw.mode
 
     def close(self) -> None:
-        if not self.closed:
+        try:
             super().close()
+        finally:
             self.raw.close()
+
+    @property
+    def closed(self) -> bool:
+        return self.raw.closed
 
 
 def reduce_readahead(raw: ReadAhead, context: Context) -> Reduced:
