@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 from fdshare.codec import Outgoing
 from fdshare.pool import manager as managers
 from fdshare.pool.calls import encode_call, run_chunk
+from fdshare.pool.compat import StandardNames
 from fdshare.pool.pool import Pool
 from fdshare.pool.tasks import Task, TaskFuture
 
@@ -70,7 +71,7 @@ def _cpu_count() -> int:
     return count or 1
 
 
-class ProcessPoolExecutor(Executor):
+class ProcessPoolExecutor(StandardNames, Executor):
     """Runs calls in worker processes; a drop-in for ``concurrent.futures.ProcessPoolExecutor``.
 
     Args:
@@ -155,6 +156,7 @@ class ProcessPoolExecutor(Executor):
         try:
             message = encode_call(function, args, kwargs)
         except (Exception, SystemExit) as error:  # noqa: BLE001 -- any __reduce__ may raise anything
+            pool.grow()
             future.start()
             future.set_exception(error)
             return future
@@ -243,7 +245,7 @@ class ProcessPoolExecutor(Executor):
         with pool.lock:
             pool.closing = True
         if cancel_futures:
-            pool.withdraw_all()
+            pool.withdraw_all(begun_by_order=True)
         pool.wake()
         manager = pool.manager
         if wait and manager is not None and not pool.abandoned:
@@ -273,7 +275,9 @@ class ProcessPoolExecutor(Executor):
         pool = self._pool
         with pool.lock:
             processes = [worker.process for worker in pool.workers.values()]
-        self.shutdown(wait=False, cancel_futures=True)
+            pool.closing = True
+        pool.withdraw_all(begun_by_order=False)
+        pool.wake()
         for process in processes:
             try:
                 if terminate:
@@ -282,12 +286,6 @@ class ProcessPoolExecutor(Executor):
                     process.kill()
             except (ValueError, ProcessLookupError):
                 pass  # ended and closed meanwhile
-
-    @property
-    def _processes(self) -> dict[int, Any]:
-        """The worker processes by pid, under the name that tools written for the standard executor know."""
-        with self._pool.lock:
-            return {worker.pid: worker.process for worker in self._pool.workers.values()}
 
 
 def _chunks(calls: Iterator[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:

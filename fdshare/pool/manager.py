@@ -5,9 +5,6 @@ States of a worker, as the parent sees them::
     starting --READY--> ready --(STOP sent, at its limit, or to be killed)--> leaving --pidfd--> gone
         |                 |                                                                       ^
         +-----------------+------------------ pidfd: it died ------------------------------------+
-
-What becomes of a dead worker's tasks: those it has answered are done, as their answers are still in the channel; those still in
-its inbox were never begun and run elsewhere; the one that is in neither place is the one it was running.
 """
 
 from __future__ import annotations
@@ -22,9 +19,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 from fdshare import parcel
-from fdshare.errors import DecodeError, FdLimitError, PeerClosedError, TaskTimeoutError
+from fdshare.errors import DecodeError, FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own
-from fdshare.pool.errors import WorkerDiedError, manner
+from fdshare.pool.deaths import BATCH, Undertaker
 from fdshare.pool.pool import CHOKED_SECONDS
 from fdshare.pool.tasks import (
     ERROR,
@@ -43,12 +40,6 @@ __all__ = ["Manager", "running"]
 
 logger = logging.getLogger("fdshare.pool")
 
-MAX_STARTUP_DEATHS = 4
-"""So many workers in a row may die before they are ready; then the pool is broken, rather than starting more for ever."""
-
-BATCH = 64
-"""Most answers taken from one worker before the others are looked at."""
-
 CHOKED_TICK = 0.01
 """Seconds until the next try where the system has no room for descriptors; nothing can wake us for that."""
 
@@ -57,10 +48,8 @@ running: set[Manager] = set()
 
 os.register_at_fork(after_in_child=running.clear)
 
-ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending."
 
-
-class Manager(threading.Thread):
+class Manager(Undertaker, threading.Thread):
     """Settles futures, replaces workers, ends the pool."""
 
     def __init__(self, pool: Pool) -> None:
@@ -124,6 +113,7 @@ class Manager(threading.Thread):
         with pool.lock:
             workers, pool.workers = dict(pool.workers), {}
             pool.closing = True
+            pool.initializer, pool.initargs = None, ()  # for whoever counts references to them
         for worker in workers.values():
             worker.process.join()
             worker.close()
@@ -247,6 +237,9 @@ class Manager(threading.Thread):
             value = parcel.open_message(worker.channel, message)
         except BaseException as error:  # noqa: BLE001 -- sys.exit() while a result is unpickled, too
             value, kind = error, ERROR
+            if not self.pool.restart and task is not None:
+                self._break_by_answer(task, error)
+                return
         if task is None:  # answered twice: an interrupt between sending and knowing that it was sent
             return
         if kind != ERROR:
@@ -258,161 +251,12 @@ class Manager(threading.Thread):
             value = DecodeError(f"a task's exception arrived as {type(value).__name__}")
         task.fail(value)
 
-    # --- deaths ------------------------------------------------------------------------------------------------------
-
-    def _bury(self, worker: Worker) -> None:
-        """See to what a dead worker has left, and replace it."""
-        pool = self.pool
-        if worker not in self._dying:
-            self._dying.add(worker)
-            self._poller.unregister(worker.sentinel())
-        if worker in self._choked:
-            return  # its answers wait for room: see _try_choked
-        while self._take_answers(worker):
-            pass
-        if worker in self._choked:
-            return
-        tasks: list[Task] = []
-        try:
-            with pool.lock:
-                worker.leaving = True
-                while recalled := worker.recall(BATCH):
-                    pool.timed -= sum(task.timeout is not None for task in recalled)
-                    tasks += recalled
-        except FdLimitError:
-            self._choke(worker)
-            return
-        finally:
-            with pool.lock:
-                pool.requeue(task for task in tasks if task.number != worker.refused)
-                pool.outcomes += [
-                    (task, self._reason(task, worker, None))
-                    for task in tasks
-                    if task.number == worker.refused
-                ]
-        self._dying.remove(worker)
-        self._poller.unregister(worker.channel)
-        worker.process.join()
-        self._account_for(worker, worker.process.exitcode)
-
-    def _account_for(self, worker: Worker, exitcode: int | None) -> None:
-        """Settle what a dead worker was running, and replace it."""
-        pool = self.pool
-        with pool.lock:
-            lost = list(worker.assigned.values())
-            worker.assigned.clear()
-            pool.timed -= sum(task.timeout is not None for task in lost)
-            pool.workers.pop(worker.pid, None)
-            if worker.idle:
-                pool.idle.remove(worker)
-                worker.idle = False
-            expected = not lost and not worker.killed and (worker.left == 0 or worker.leaves)
-            self._note_death(worker, exitcode, expected)
-            again = []
-            for task in lost:
-                task.worker = None
-                if (
-                    task.retries > 0
-                    and not task.timed_out
-                    and pool.broken is None
-                    and task.message is not None
-                ):
-                    task.retries -= 1
-                    again.append(task)
-                else:
-                    pool.outcomes.append((task, self._reason(task, worker, exitcode)))
-            pool.requeue(again)
-        worker.close()
-        if pool.broken is not None:
-            self._break(pool.broken)
-            return
-        self._replace(expected)
-
-    def _note_death(self, worker: Worker, exitcode: int | None, expected: bool) -> None:
-        """Log a death, and break the pool where that is called for.  Lock held."""
-        pool = self.pool
-        what = {"worker": worker.pid, "exitcode": exitcode}
-        if expected:
-            logger.debug("worker %d has left", worker.pid, extra=what)
-            return
-        logger.warning("worker %d has died: %s", worker.pid, manner(exitcode), extra=what)
-        if pool.broken is not None:
-            return
-        if not worker.ready:
-            self._startup_deaths += 1
-        if not pool.restart and worker.error is None:
-            pool.broken = BrokenProcessPool(
-                "A child process terminated abruptly, the process pool is not usable anymore"
-            )
-        elif self._startup_deaths > MAX_STARTUP_DEATHS:
-            pool.broken = BrokenProcessPool(
-                f"{self._startup_deaths} workers in a row have died before they were ready, "
-                f"the last one by {manner(exitcode)}; the process pool is not usable anymore"
-            )
-
-    def _reason(self, task: Task, worker: Worker, exitcode: int | None) -> BaseException:
-        """Return the exception for a task that was with a worker when it ended."""
-        if task.timed_out:
-            return TaskTimeoutError(
-                f"the task ran past its limit of {task.timeout:g} s; its worker was killed"
-            )
-        if worker.error is not None:
-            return worker.error
-        if not self.pool.restart:
-            return BrokenProcessPool(ABRUPT)
-        return WorkerDiedError(
-            f"worker {worker.pid} died while it ran this task: {manner(exitcode)}",
-            pid=worker.pid,
-            exitcode=exitcode,
-        )
-
-    def _replace(self, expected: bool) -> None:
-        """Start another worker where one is missing."""
-        pool = self.pool
-        with pool.lock:
-            over = (pool.closing or self.exiting) and not pool.purge()
-            if over or len(pool.workers) + pool.starting >= pool.max_workers:
-                pool.fill_all()
-                return
-            pool.starting += 1
-        try:
-            pool.start_one()
-        except BaseException as error:  # noqa: BLE001 -- too many processes, an interpreter that is ending, …
-            logger.warning("a worker could not be replaced: %s", error)
-            with pool.lock:
-                alone = not pool.workers and not pool.starting
-            if alone:
-                broken = BrokenProcessPool(f"no worker is left and none can be started: {error}")
-                broken.__cause__ = error
-                self._break(broken)
-                return
-        else:
-            pool.counts["restarts"] += not expected
-        with pool.lock:
-            pool.fill_all()
-
-    def _break(self, error: BaseException) -> None:
-        """Fail every task and end every worker."""
-        pool = self.pool
-        with pool.lock:
-            if not isinstance(error, BrokenProcessPool):
-                broken = BrokenProcessPool(f"the pool's manager has failed: {error!r}")
-                broken.__cause__ = error
-                error = broken
-            pool.broken = error
-            tasks = list(pool.pending)
-            pool.pending.clear()
-            for worker in pool.workers.values():
-                tasks += worker.assigned.values()
-                worker.assigned.clear()
-                worker.kill()
-            pool.timed = 0
-            for task in tasks:
-                if task.future._task is not None:
-                    broken = BrokenProcessPool(ABRUPT)
-                    broken.__cause__ = error
-                    pool.outcomes.append((task, broken))
-        pool.settle()
+    def _break_by_answer(self, task: Task, error: BaseException) -> None:
+        """Do as the standard executor does with a result that cannot be decoded."""
+        broken = BrokenProcessPool("A result cannot be decoded, the process pool is not usable anymore")
+        broken.__cause__ = error
+        task.fail(broken)
+        self._break(broken)
 
     # --- limits ------------------------------------------------------------------------------------------------------
 
@@ -447,11 +291,6 @@ class Manager(threading.Thread):
                 pool.fill_all()
                 if not worker.leaving:
                     pool.fill(worker)
-
-    def _choke(self, worker: Worker) -> None:
-        """Put aside a worker whose messages bring more descriptors than fit into this process."""
-        self._choked.setdefault(worker, time.monotonic())
-        self._poller.unregister(worker.channel)
 
     def _try_choked(self, now: float) -> None:
         """Try again what had no room for its descriptors, and give up what has waited for too long."""

@@ -100,6 +100,21 @@ class Pool:
         if start:
             self._start_for(task)
 
+    def grow(self) -> None:
+        """Start a worker for a call that could not be encoded, as the standard executor does: the next one may be better.
+
+        Raises:
+            RuntimeError, BrokenProcessPool, OSError: as for :meth:`submit`.
+        """
+        if self.manager is None:
+            self.launch()
+        with self.lock:
+            self.check_open()
+            start = self._may_start()
+            self.starting += start
+        if start:
+            self.start_one()
+
     def check_open(self) -> None:
         """Raise where no more tasks are taken."""
         if self.abandoned:
@@ -252,10 +267,20 @@ class Pool:
             self.settle()
         return worker is None
 
-    def withdraw_all(self) -> None:
-        """Cancel every task that no worker has begun."""
+    def withdraw_all(self, *, begun_by_order: bool) -> None:
+        """Cancel every task that no worker has begun.
+
+        Args:
+            begun_by_order: whether the first task of a worker that is still starting counts as begun.
+        """
         with self.lock:
-            tasks = [task for worker in self.workers.values() for task in self.take_back(worker)]
+            tasks: list[Task] = []
+            for worker in self.workers.values():
+                oldest = next(iter(worker.assigned.values()), None)
+                taken = self.take_back(worker)
+                if begun_by_order and taken and taken[0] is oldest and self._give(worker, oldest):
+                    del taken[0]
+                tasks += taken
             tasks += self.pending
             self.pending.clear()
             tasks = [task for task in tasks if task.message is not None]
@@ -308,7 +333,9 @@ class Pool:
             self.manager = manager
 
     def _new_worker(self) -> Worker:
-        return start_worker(self.context, self.initializer, self.initargs, self.max_tasks, self.nascent)
+        return start_worker(
+            self.context, self.initializer, self.initargs, self.max_tasks, not self.restart, self.nascent
+        )
 
     def start_one(self) -> None:
         """Start a worker, which ``starting`` counts already.

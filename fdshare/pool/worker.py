@@ -52,6 +52,7 @@ def main(
     initializer: Callable[..., object] | None,
     initargs: tuple[Any, ...],
     max_tasks: int | None,
+    fragile: bool,
 ) -> None:
     """Serve tasks.
 
@@ -60,6 +61,7 @@ def main(
         life: a pipe whose other end only the parent has: it hangs up when the parent is gone.
         initializer, initargs: called before the first task.
         max_tasks: how many tasks to run before leaving; None for no limit.
+        fragile: die of a call that cannot be decoded, as the standard executor's workers do.
     """
     _die_with_parent(life)
     os.register_at_fork(after_in_child=_note_fork)
@@ -72,7 +74,7 @@ def main(
             return
     try:
         _answer(channel, READY, [None])
-        _serve(channel, max_tasks)
+        _serve(channel, max_tasks, fragile)
     except PeerClosedError:
         pass
 
@@ -102,7 +104,7 @@ def _watch(fd: int) -> None:
     os._exit(1)
 
 
-def _serve(channel: Channel, max_tasks: int | None) -> None:
+def _serve(channel: Channel, max_tasks: int | None, fragile: bool) -> None:
     cache = FunctionCache()
     done = 0
     while max_tasks is None or done < max_tasks:
@@ -121,18 +123,21 @@ def _serve(channel: Channel, max_tasks: int | None) -> None:
             return
         number = tag >> KIND_BITS
         if type(message) is bytes:
-            _perform(channel, message, number, cache)
+            _perform(channel, message, number, cache, fragile)
         else:
             with warnings.catch_warnings():
                 # Its descriptors end here unless the function took them over: that is no fault of the function.
                 warnings.simplefilter("ignore", ResourceWarning)
-                _perform(channel, message, number, cache)
+                _perform(channel, message, number, cache, fragile)
         del message
         done += 1
 
 
-def _perform(channel: Channel, message: parcel.Message, number: int, cache: FunctionCache) -> None:
+def _perform(
+    channel: Channel, message: parcel.Message, number: int, cache: FunctionCache, fragile: bool
+) -> None:
     """Run one task and send what comes of it."""
+    loaded = False
     try:
         call = parcel.open_message(channel, message)
         if len(call) == 3:
@@ -140,9 +145,12 @@ def _perform(channel: Channel, message: parcel.Message, number: int, cache: Func
         else:
             function, args, kwargs = cache.load(call[0], call[1]), call[2], call[3]
         del call, message
+        loaded = True
         value = [function(*args, **kwargs)]
         kind = RESULT
-    except BaseException as error:  # noqa: BLE001 -- whatever a task raises is its result
+    except BaseException as error:
+        if fragile and not loaded:
+            raise
         value, kind = [_with_traceback(error)], ERROR
     function = args = kwargs = None
     if _forked:

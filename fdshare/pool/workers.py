@@ -149,6 +149,7 @@ def start_worker(
     initializer: Callable[..., object] | None,
     initargs: tuple[Any, ...],
     max_tasks: int | None,
+    fragile: bool,
     nascent: list[Worker],
 ) -> Worker:
     """Start a process and return it.
@@ -169,7 +170,7 @@ def start_worker(
     reader, writer = map(FdHandle, ends)
     process = context.Process(
         target=process_side.main,
-        args=(inbox, reader, Portable(initializer) if initializer else None, initargs, max_tasks),
+        args=(inbox, reader, Portable(initializer) if initializer else None, initargs, max_tasks, fragile),
     )
     worker = Worker(process, ours, inbox, writer, max_tasks)
     nascent.append(worker)

@@ -1,0 +1,48 @@
+"""The private names of the standard executor that tests and monitoring tools look at, as views of a :class:`Pool`."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from fdshare.pool.pool import Pool
+
+__all__ = ["StandardNames"]
+
+
+class _NoQueue:
+    """Stands for the standard executor's queue of calls, which has a thread; here there is neither."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def join_thread(self) -> None:
+        """Do nothing."""
+
+
+class StandardNames:
+    """Read-only views, mixed into the executor."""
+
+    _pool: Pool
+    _call_queue = _NoQueue()
+
+    @property
+    def _processes(self) -> dict[int, Any]:
+        with self._pool.lock:
+            return {worker.pid: worker.process for worker in self._pool.workers.values()}
+
+    @property
+    def _max_workers(self) -> int:
+        return self._pool.max_workers
+
+    @property
+    def _mp_context(self) -> Any:
+        return self._pool.context
+
+    @property
+    def _broken(self) -> str | bool:
+        return False if self._pool.broken is None else str(self._pool.broken)
+
+    @property
+    def _executor_manager_thread(self) -> threading.Thread | None:
+        return self._pool.manager

@@ -1,0 +1,206 @@
+"""What becomes of a dead worker, of its tasks, and of the pool.
+
+Its answers that are still in the channel count.  What is still in its inbox was never begun and runs elsewhere.  The one task
+that is in neither place is the one it was running.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import time
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
+
+from fdshare.errors import FdLimitError, TaskTimeoutError
+from fdshare.pool.errors import WorkerDiedError, manner
+
+if TYPE_CHECKING:
+    from fdshare.pool.pool import Pool
+    from fdshare.pool.tasks import Task
+    from fdshare.pool.workers import Worker
+
+__all__ = ["Undertaker"]
+
+logger = logging.getLogger("fdshare.pool")
+
+MAX_STARTUP_DEATHS = 4
+"""So many workers in a row may die before they are ready; then the pool is broken, rather than starting more for ever."""
+
+BATCH = 64
+"""Most messages taken from one worker before the others are looked at."""
+
+ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending."
+
+
+class Undertaker:
+    """The part of the manager that deals with deaths."""
+
+    pool: Pool
+    exiting: bool
+    _poller: selectors.BaseSelector
+    _choked: dict[Worker, float]
+    _dying: set[Worker]
+    _startup_deaths: int
+
+    def _take_answers(self, worker: Worker, most: int = BATCH) -> bool:
+        raise NotImplementedError
+
+    def _choke(self, worker: Worker) -> None:
+        """Put aside a worker whose messages bring more descriptors than fit into this process."""
+        self._choked.setdefault(worker, time.monotonic())
+        self._poller.unregister(worker.channel)
+
+    def _bury(self, worker: Worker) -> None:
+        """See to what a dead worker has left, and replace it."""
+        pool = self.pool
+        if worker not in self._dying:
+            self._dying.add(worker)
+            self._poller.unregister(worker.sentinel())
+        if worker in self._choked:
+            return  # its answers wait for room: see _try_choked
+        while self._take_answers(worker):
+            pass
+        if worker in self._choked:
+            return
+        tasks: list[Task] = []
+        try:
+            with pool.lock:
+                worker.leaving = True
+                while recalled := worker.recall(BATCH):
+                    pool.timed -= sum(task.timeout is not None for task in recalled)
+                    tasks += recalled
+        except FdLimitError:
+            self._choke(worker)
+            return
+        finally:
+            with pool.lock:
+                pool.requeue(task for task in tasks if task.number != worker.refused)
+                pool.outcomes += [
+                    (task, self._reason(task, worker, None))
+                    for task in tasks
+                    if task.number == worker.refused
+                ]
+        self._dying.remove(worker)
+        self._poller.unregister(worker.channel)
+        worker.process.join()
+        self._account_for(worker, worker.process.exitcode)
+
+    def _account_for(self, worker: Worker, exitcode: int | None) -> None:
+        """Settle what a dead worker was running, and replace it."""
+        pool = self.pool
+        with pool.lock:
+            lost = list(worker.assigned.values())
+            worker.assigned.clear()
+            pool.timed -= sum(task.timeout is not None for task in lost)
+            pool.workers.pop(worker.pid, None)
+            if worker.idle:
+                pool.idle.remove(worker)
+                worker.idle = False
+            expected = not lost and not worker.killed and (worker.left == 0 or worker.leaves)
+            self._note_death(worker, exitcode, expected)
+            again = []
+            for task in lost:
+                task.worker = None
+                if (
+                    task.retries > 0
+                    and not task.timed_out
+                    and pool.broken is None
+                    and task.message is not None
+                ):
+                    task.retries -= 1
+                    again.append(task)
+                else:
+                    pool.outcomes.append((task, self._reason(task, worker, exitcode)))
+            pool.requeue(again)
+        worker.close()
+        if pool.broken is not None:
+            self._break(pool.broken)
+            return
+        self._replace(expected)
+
+    def _note_death(self, worker: Worker, exitcode: int | None, expected: bool) -> None:
+        """Log a death, and break the pool where that is called for.  Lock held."""
+        pool = self.pool
+        what = {"worker": worker.pid, "exitcode": exitcode}
+        if expected:
+            logger.debug("worker %d has left", worker.pid, extra=what)
+            return
+        logger.warning("worker %d has died: %s", worker.pid, manner(exitcode), extra=what)
+        if pool.broken is not None:
+            return
+        if not worker.ready:
+            self._startup_deaths += 1
+        if not pool.restart and worker.error is None:
+            pool.broken = BrokenProcessPool(
+                "A child process terminated abruptly, the process pool is not usable anymore"
+            )
+        elif self._startup_deaths > MAX_STARTUP_DEATHS:
+            pool.broken = BrokenProcessPool(
+                f"{self._startup_deaths} workers in a row have died before they were ready, "
+                f"the last one by {manner(exitcode)}; the process pool is not usable anymore"
+            )
+
+    def _reason(self, task: Task, worker: Worker, exitcode: int | None) -> BaseException:
+        """Return the exception for a task that was with a worker when it ended."""
+        if task.timed_out:
+            return TaskTimeoutError(
+                f"the task ran past its limit of {task.timeout:g} s; its worker was killed"
+            )
+        if worker.error is not None:
+            return worker.error
+        if not self.pool.restart:
+            return BrokenProcessPool(ABRUPT)
+        return WorkerDiedError(
+            f"worker {worker.pid} died while it ran this task: {manner(exitcode)}",
+            pid=worker.pid,
+            exitcode=exitcode,
+        )
+
+    def _replace(self, expected: bool) -> None:
+        """Start another worker where one is missing."""
+        pool = self.pool
+        with pool.lock:
+            over = (pool.closing or self.exiting) and not pool.purge()
+            if over or len(pool.workers) + pool.starting >= pool.max_workers:
+                pool.fill_all()
+                return
+            pool.starting += 1
+        try:
+            pool.start_one()
+        except BaseException as error:  # noqa: BLE001 -- too many processes, an interpreter that is ending, …
+            logger.warning("a worker could not be replaced: %s", error)
+            with pool.lock:
+                alone = not pool.workers and not pool.starting
+            if alone:
+                broken = BrokenProcessPool(f"no worker is left and none can be started: {error}")
+                broken.__cause__ = error
+                self._break(broken)
+                return
+        else:
+            pool.counts["restarts"] += not expected
+        with pool.lock:
+            pool.fill_all()
+
+    def _break(self, error: BaseException) -> None:
+        """Fail every task and end every worker."""
+        pool = self.pool
+        with pool.lock:
+            if not isinstance(error, BrokenProcessPool):
+                broken = BrokenProcessPool(f"the pool's manager has failed: {error!r}")
+                broken.__cause__ = error
+                error = broken
+            pool.broken = error
+            tasks = list(pool.pending)
+            pool.pending.clear()
+            for worker in pool.workers.values():
+                tasks += worker.assigned.values()
+                worker.assigned.clear()
+                worker.kill()
+            pool.timed = 0
+            for task in tasks:
+                if task.future._task is not None:
+                    broken = BrokenProcessPool(ABRUPT)
+                    broken.__cause__ = error
+                    pool.outcomes.append((task, broken))
+        pool.settle()
