@@ -70,8 +70,8 @@ class Channel:
     ) -> None:
         if not (readable or writable):
             raise ValueError("a channel is readable, writable or both")
-        if sock.gettimeout() is not None:
-            sock.settimeout(None)
+        if sock.gettimeout():
+            sock.settimeout(0.0)  # waiting is our own; O_NONBLOCK, which others share, stays as it is
         self._transport = transport = transport_of(sock, max_inflight)
         self._readable = readable
         self._writable = writable
@@ -282,9 +282,8 @@ class Channel:
             except OSError as error:
                 if error.errno != errno.EMSGSIZE:
                     raise
-                self._send_outgoing(
-                    outgoing, type, deadline, 0
-                )  # a small send buffer: all of it into a segment
+                # A small send buffer: all of it into a segment.
+                self._send_outgoing(outgoing, type, deadline, 0)
         except BaseException:
             outgoing.failed()
             raise
