@@ -81,6 +81,7 @@ def samples(transport: str) -> list[list[Piece]]:
     found = []
     handles = [numbered_handle(i) for i in range(5)]
     many = [FdHandle.dup(0) for _ in range(300)]
+    memory.HAVE_PIPE_SIZE = False  # what is in a pipe can be read once: no sample for a thousand rounds
     reader, writer = os.pipe()
     with open(reader, "rb") as r, open(writer, "wb") as w:
         for message in (
@@ -99,11 +100,10 @@ def samples(transport: str) -> list[list[Piece]]:
         with bare_pair(transport) as (channel, bare):
             channel.send_bytes(b"bytes")
             found.append(capture(bare))
-        with bare_pair(transport) as (channel, bare):
-            memory.HAVE_MEMFD = False
-            channel.send(bytearray(LARGE))
-            memory.HAVE_MEMFD = True
-            found.append(capture(bare))
+        for memory.HAVE_PIPE_SIZE, memory.HAVE_MEMFD in ((False, False), (True, True)):
+            with bare_pair(transport) as (channel, bare):
+                channel.send(bytearray(LARGE))
+                found.append(capture(bare))
     for handle in handles + many:
         handle.close()
     return found

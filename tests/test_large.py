@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from fdshare import (
 )
 from fdshare.testing import LeakCheck, checked_child, leak_check, numbered_handle, pattern, read_number
 
-SEGMENTS = ("memfd", "file")
+SEGMENTS = ("pipe", "memfd", "file")
 MIB = 1 << 20
 
 
@@ -57,10 +57,17 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=SEGMENTS)
 def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where segments live: memfds, or files where the system lacks those."""
+    """Where segments live: pipes where they are small enough, or never those; or files, where the system has neither."""
     name: str = request.param
-    monkeypatch.setattr(memory, "HAVE_MEMFD", name == "memfd")
+    monkeypatch.setattr(memory, "HAVE_PIPE_SIZE", name == "pipe")
+    monkeypatch.setattr(memory, "HAVE_MEMFD", name != "file")
     return name
+
+
+@pytest.fixture
+def only_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "HAVE_PIPE_SIZE", False)
+    monkeypatch.setattr(memory, "HAVE_MEMFD", False)
 
 
 @pytest.fixture
@@ -242,7 +249,7 @@ def test_segment_of_a_pure_payload_is_one_descriptor(transport: str, segments: s
 
 def test_segment_is_sealed() -> None:
     with bare_pair("seqpacket") as (channel, bare):
-        channel.send(bytearray(MIB))
+        channel.send(bytearray(4 * MIB))
         pieces = capture(bare)
         (fd,) = [fd for _, fds in pieces for fd in fds]
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -253,11 +260,11 @@ def test_segment_is_sealed() -> None:
         close_pieces(pieces)
 
 
+@pytest.mark.usefixtures("only_files")
 def test_file_segment_leaves_nothing_in_the_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The name is gone before the first byte is written, and so is its directory."""
-    monkeypatch.setattr(memory, "HAVE_MEMFD", False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with bare_pair("seqpacket") as (channel, bare):
         channel.send(bytearray(MIB))
@@ -403,8 +410,8 @@ def _sum_of_lengths(channel: Channel) -> int:
 # no space
 
 
-def _over_file_size_limit(transport: str, have_memfd: bool) -> None:
-    memory.HAVE_MEMFD = have_memfd
+def _over_file_size_limit(transport: str, segments: str) -> None:
+    memory.HAVE_PIPE_SIZE, memory.HAVE_MEMFD = segments == "pipe", segments != "file"
     a, b = fdshare.Pipe(transport=transport)
     with a, b, numbered_handle(5) as handle:
         resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, resource.RLIM_INFINITY))
@@ -431,7 +438,7 @@ def _over_file_size_limit(transport: str, have_memfd: bool) -> None:
 
 
 def test_no_space_for_a_segment_by_file_size_limit(transport: str, segments: str) -> None:
-    checked_child(_over_file_size_limit, transport, segments == "memfd")
+    checked_child(_over_file_size_limit, transport, segments)
 
 
 @contextlib.contextmanager
@@ -452,10 +459,10 @@ def small_file_system(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.usefixtures("only_files")
 def test_no_space_on_a_full_file_system(
     transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "HAVE_MEMFD", False)
     with small_file_system(tmp_path) as small:
         monkeypatch.setattr(tempfile, "tempdir", str(small))
         a, b = fdshare.Pipe(transport=transport)
@@ -495,15 +502,14 @@ def test_bounds_are_checked_before_memory_is_spent(transport: str, monkeypatch: 
 # what must not be trusted
 
 
-def a_large_message(transport: str, have_memfd: bool = True) -> list[Piece]:
-    """The pieces of a message with a segment of 1 MiB, as a channel sends them."""
-    memory.HAVE_MEMFD, before = have_memfd, memory.HAVE_MEMFD
-    try:
-        with bare_pair(transport) as (channel, bare):
-            channel.send(bytearray(pattern(MIB)))
-            return capture(bare)
-    finally:
-        memory.HAVE_MEMFD = before
+def a_large_message(transport: str) -> list[Piece]:
+    """The pieces of a message with a segment of some 300 KB, as a channel sends them."""
+    with bare_pair(transport) as (channel, bare):
+        channel.send(bytearray(pattern(SIZE)))
+        return capture(bare)
+
+
+SIZE = LARGE + 12_345
 
 
 def memfd(size: int, seals: int) -> int:
@@ -522,16 +528,28 @@ def temporary_file(size: int) -> int:
         return os.dup(file.fileno())
 
 
-FALSE_SEGMENTS = {
+def silent_pipe(content: bytes = b"") -> int:
+    """Both ends of a pipe in one descriptor: whoever waits for more waits for ever."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkfifo(f"{folder}/pipe")
+        fd = os.open(f"{folder}/pipe", os.O_RDWR)
+    if content:
+        os.write(fd, content)
+    return fd
+
+
+FALSE_SEGMENTS: dict[str, Callable[[], int]] = {
     "unsealed": lambda: memfd(2 * MIB, 0),
     "only sealed against writing": lambda: memfd(2 * MIB, fcntl.F_SEAL_WRITE),
     "only sealed against shrinking": lambda: memfd(2 * MIB, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW),
-    "short": lambda: memfd(MIB // 2, ALL_SEALS),
+    "short": lambda: memfd(SIZE // 2, ALL_SEALS),
     "empty": lambda: memfd(0, ALL_SEALS),
     "a file": lambda: temporary_file(2 * MIB),
     "a directory": lambda: os.open("/", os.O_RDONLY),
     "a device": lambda: os.open("/dev/zero", os.O_RDWR),
-    "a pipe": lambda: one_of(os.pipe()),
+    "a pipe at its end": lambda: one_of(os.pipe()),
+    "a silent pipe": silent_pipe,
+    "a pipe with too little": lambda: silent_pipe(b"x" * 1000),
     "a socket": lambda: one_of(tuple(s.detach() for s in socket.socketpair())),
     "write-only": lambda: os.open("/dev/null", os.O_WRONLY),
 }
@@ -543,17 +561,11 @@ def one_of(fds: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize("what", FALSE_SEGMENTS)
-@pytest.mark.parametrize("declared", SEGMENTS)
-def test_false_segment_is_refused(transport: str, declared: str, what: str) -> None:
-    """It could be truncated under the receiver (SIGBUS), or is not what it is said to be."""
-    if declared == "file" and what in (
-        "a file",
-        "unsealed",
-        "only sealed against writing",
-        "only sealed against shrinking",
-    ):
+def test_false_segment_is_refused(transport: str, segments: str, what: str) -> None:
+    """It could be truncated under the receiver (SIGBUS), or is not what it is said to be, or never comes."""
+    if segments != "memfd" and (what == "a file" or "sealed" in what):
         pytest.skip("a file needs no seals: it is copied, and nothing trusted")
-    pieces = a_large_message(transport, declared == "memfd")
+    pieces = a_large_message(transport)
     with leak_check(), bare_pair(transport) as (channel, bare):
         with FdHandle(FALSE_SEGMENTS[what]()) as false:
             inject(bare, [(data, [false.fileno()] if fds else []) for data, fds in pieces])
@@ -561,11 +573,11 @@ def test_false_segment_is_refused(transport: str, declared: str, what: str) -> N
             channel.recv(timeout=5)
         del caught
         inject(bare, pieces)
-        assert channel.recv(timeout=5) == pattern(MIB)
+        assert channel.recv(timeout=5) == pattern(SIZE)
     close_pieces(pieces)
 
 
-@pytest.mark.parametrize("declared", SEGMENTS)
+@pytest.mark.parametrize("declared", ["memfd", "file"])
 @pytest.mark.parametrize("size", [1 << 40, wire.MAX_SEGMENT])
 def test_segment_too_large_for_this_process_is_an_error(transport: str, declared: str, size: int) -> None:
     """Sparse, so it costs its sender nothing; the receiver says so before it spends memory on it."""
@@ -594,9 +606,10 @@ def _receive_sparse(transport: str, declared: str, size: int) -> None:
         del caught
 
 
+@pytest.mark.usefixtures("only_files")
 def test_truncated_file_segment_is_an_error_not_a_signal(transport: str) -> None:
     """A file's owner may shorten it after the receiver looked: it is read, never mapped."""
-    pieces = a_large_message(transport, have_memfd=False)
+    pieces = a_large_message(transport)
     with bare_pair(transport) as (channel, bare):
         for _, fds in pieces:
             for fd in fds:
@@ -607,7 +620,7 @@ def test_truncated_file_segment_is_an_error_not_a_signal(transport: str) -> None
     close_pieces(pieces)
 
 
-def test_segment_that_is_missing_is_an_error(transport: str) -> None:
+def test_segment_that_is_missing_is_an_error(transport: str, segments: str) -> None:
     pieces = a_large_message(transport)
     close_pieces(pieces)
     with leak_check(), bare_pair(transport) as (channel, bare):

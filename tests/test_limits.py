@@ -347,6 +347,22 @@ def test_bundle_after_dropping_privileges(transport: str) -> None:
     checked_child(_bundle_after_dropping_privileges, transport, method="fork")
 
 
+def _more_in_pipes_than_allowed(transport: str) -> None:
+    drop_privileges()
+    a, b = fdshare.Pipe(transport=transport)
+    content = bytearray(pattern(1_000_000))
+    with a, b:
+        for _ in range(100):
+            a.send(content, timeout=5)
+        for _ in range(100):
+            assert b.recv(timeout=5) == content
+
+
+def test_more_in_pipes_than_a_user_may_have(transport: str) -> None:
+    """64 MiB is a user's share by default (fs.pipe-user-pages-soft), root's is endless: memfds take the rest."""
+    checked_child(_more_in_pipes_than_allowed, transport, method="fork")
+
+
 # dropped by the kernel
 
 
