@@ -56,6 +56,7 @@ class _Encoded:
 
 
 _known: weakref.WeakKeyDictionary[Callable[..., Any], _Encoded] = weakref.WeakKeyDictionary()
+_by_name: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 _fixed: weakref.WeakKeyDictionary[types.CodeType, bool] = weakref.WeakKeyDictionary()
 
 
@@ -68,9 +69,7 @@ def encode_call(
         NotSendableError: something in it cannot travel.
         BaseException: what any ``__reduce__`` raised beside Exceptions.
     """
-    if type(function) is types.FunctionType and (
-        "<" in function.__qualname__ or function.__module__ == "__main__"
-    ):
+    if type(function) is types.FunctionType and function not in _by_name:
         encoded = _encoded(function)
         if encoded is not None:
             return _encode((encoded.number, encoded.code, args, kwargs))
@@ -79,6 +78,11 @@ def encode_call(
 
 def _encoded(function: types.FunctionType) -> _Encoded | None:
     """Return the function's code from an earlier call or made now; None where it must be encoded anew each time."""
+    if "<" not in function.__qualname__ and isinstance(_encode(function), bytes):
+        if len(_by_name) >= MAX_FUNCTIONS:
+            _by_name.clear()
+        _by_name.add(function)  # small and cheap
+        return None
     snapshot: list[Any] = []
     if not _snapshot(function, snapshot, set()):
         return None
@@ -87,8 +91,6 @@ def _encoded(function: types.FunctionType) -> _Encoded | None:
         return known
     message = _encode(function)
     if isinstance(message, bytes):
-        if "<" not in function.__qualname__:
-            return None  # found by name: small and cheap
         code = message
     else:
         if message.fds or message.buffers:

@@ -25,21 +25,19 @@ Nothing polls: the parent wakes for answers, deaths and deadlines only.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing as mp
 import os
 import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from fdshare.codec import Outgoing
 from fdshare.pool import manager as managers
-from fdshare.pool.calls import encode_call, run_chunk
+from fdshare.pool.calls import encode_call
 from fdshare.pool.compat import StandardNames
+from fdshare.pool.mapping import Slot, map_calls
 from fdshare.pool.pool import Pool
 from fdshare.pool.tasks import Task, TaskFuture
 
@@ -48,6 +46,8 @@ __all__ = ["ProcessPoolExecutor"]
 T = TypeVar("T")
 
 _exiting = False
+
+_NO_ARGUMENTS: dict[str, Any] = {}
 
 
 def _before_exit() -> None:
@@ -137,29 +137,31 @@ class ProcessPoolExecutor(StandardNames, Executor):
             RuntimeError: after shutdown.
             BrokenProcessPool: the pool is broken.
         """
-        return self._submit(fn, args, kwargs, None, 0)
+        future = TaskFuture()
+        self._submit(future, fn, args, kwargs)
+        return future
 
     def _submit(
         self,
+        future: TaskFuture | Slot,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        retries: int,
-    ) -> TaskFuture:
+        kwargs: dict[str, Any] = _NO_ARGUMENTS,
+        timeout: float | None = None,
+        retries: int = 0,
+    ) -> None:
         pool = self._pool
         if _exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if pool.closing or pool.broken is not None or pool.abandoned:
             pool.check_open()
-        future = TaskFuture()
         try:
             message = encode_call(function, args, kwargs)
         except (Exception, SystemExit) as error:  # noqa: BLE001 -- any __reduce__ may raise anything
             pool.grow()
             future.start()
             future.set_exception(error)
-            return future
+            return
         task = Task(pool, future, timeout, retries)
         try:
             pool.submit(task, message)
@@ -170,7 +172,6 @@ class ProcessPoolExecutor(StandardNames, Executor):
             raise
         if isinstance(message, Outgoing):
             message.sent()
-        return future
 
     def map(
         self,
@@ -191,43 +192,8 @@ class ProcessPoolExecutor(StandardNames, Executor):
         Raises:
             ValueError, TypeError: chunksize or buffersize makes no sense.
         """
-        return self._map(fn, iterables, timeout, chunksize, buffersize, None, 0)
-
-    def _map(
-        self,
-        fn: Callable[..., T],
-        iterables: tuple[Iterable[Any], ...],
-        timeout: float | None,
-        chunksize: int,
-        buffersize: int | None,
-        task_timeout: float | None,
-        retries: int,
-    ) -> Iterator[T]:
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None:
-            if not isinstance(buffersize, int):
-                raise TypeError("buffersize must be an integer or None")
-            if buffersize < 1:
-                raise ValueError("buffersize must be None or > 0")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
-        if chunksize > 1:
-            calls = ((fn, chunk) for chunk in _chunks(calls, chunksize))
-        function: Callable[..., Any] = fn if chunksize == 1 else run_chunk
-        first = calls if buffersize is None else itertools.islice(calls, buffersize)
-        futures = deque(self._submit(function, args, {}, task_timeout, retries) for args in first)
-        # Neither the iterator nor what it waits for may keep the executor alive.
-        executor = weakref.ref(self)
-
-        def submit_next() -> None:
-            owner = executor()
-            if owner is not None and (args := next(calls, None)) is not None:
-                futures.append(owner._submit(function, args, {}, task_timeout, retries))
-
-        refill = submit_next if buffersize is not None else None
-        results = _results(futures, deadline, refill)
-        return results if chunksize == 1 else _flattened(results)
+        submit = ProcessPoolExecutor._submit
+        return map_calls(self, fn, iterables, submit, timeout, chunksize, buffersize)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -286,39 +252,3 @@ class ProcessPoolExecutor(StandardNames, Executor):
                     process.kill()
             except (ValueError, ProcessLookupError):
                 pass  # ended and closed meanwhile
-
-
-def _chunks(calls: Iterator[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
-    while chunk := list(itertools.islice(calls, size)):
-        yield chunk
-
-
-def _results(
-    futures: deque[TaskFuture], deadline: float | None, submit_next: Callable[[], None] | None
-) -> Iterator[Any]:
-    """Yield the results in order; cancel what is left when the caller has enough, or something failed."""
-    try:
-        while futures:
-            if submit_next is not None:
-                submit_next()
-            yield _result_of(futures.popleft(), deadline)
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _result_of(future: TaskFuture, deadline: float | None) -> Any:
-    try:
-        try:
-            return future.result(None if deadline is None else deadline - time.monotonic())
-        finally:
-            future.cancel()
-    finally:
-        del future  # an exception's traceback refers to this frame
-
-
-def _flattened(results: Iterator[list[Any]]) -> Iterator[Any]:
-    for chunk in results:
-        chunk.reverse()
-        while chunk:
-            yield chunk.pop()

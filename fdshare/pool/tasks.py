@@ -13,6 +13,7 @@ import attrs
 from fdshare.parcel import Message, Parcel
 
 if TYPE_CHECKING:
+    from fdshare.pool.mapping import Slot
     from fdshare.pool.pool import Pool
     from fdshare.pool.workers import Worker
 
@@ -76,7 +77,7 @@ class Task:
     """One call: its encoded form until a worker has it, its future until that is settled."""
 
     pool: Pool
-    future: TaskFuture
+    future: TaskFuture | Slot
     timeout: float | None = None
     """Seconds it may run."""
     retries: int = 0
