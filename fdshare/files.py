@@ -195,6 +195,10 @@ def reduce_text(text: io.TextIOWrapper, context: Context) -> Reduced:
     return rebuild_text, (text.buffer, options, position, (late, flags), shift, mode)
 
 
+_NEEDS_READING = 1 << 96
+"""Positions of text from here on ask for a few bytes to be decoded again; below are an offset and a decoder's flags."""
+
+
 def rebuild_text(
     buffer: Any,
     options: tuple[Any, ...],
@@ -211,6 +215,8 @@ def rebuild_text(
         text.mode = mode  # type: ignore[misc]  # as open() does
     if position is not None:
         text.seek(position)
+        if position >= _NEEDS_READING:
+            _align(buffer)
     if flags is not None:
         _coder(text, "decode").setstate((b"", flags))
     if shift is not None:
@@ -329,7 +335,7 @@ def _settle(text: io.TextIOWrapper) -> int:
     """Put seekable ``text``, and the kernel's offset, where its user is; return that for the seek of another."""
     try:
         position = text.tell()
-    except OSError:  # it keeps no count in a loop over its lines
+    except (OSError, UnicodeError):  # it keeps no count in a loop over its lines, nor in UTF-7
         position = _find_position(text)
     else:
         # Nor after such a loop and a flush(), and then it does not say so: there are decoded characters (a third
@@ -337,7 +343,10 @@ def _settle(text: io.TextIOWrapper) -> int:
         items = gc.get_referents(text)
         if sum(isinstance(item, str) for item in items) > 2 and not any(isinstance(i, tuple) for i in items):
             position = _find_position(text)
+    shift = _coder(text, "encode").getstate() if text.writable() else None
     text.seek(position)
+    if shift is not None:  # seek forgets it, as if this were another place
+        _coder(text, "encode").setstate(shift)
     if type(text.buffer) in (io.BufferedReader, io.BufferedRandom):
         _align(text.buffer)  # which may stand before the text in the message
     return position
