@@ -315,10 +315,15 @@ class Transport:
         while True:
             with self._reading:
                 self.check_open()
+                if deadline is None:
+                    self._block_for_a_tick()
                 packet = self._receive_now()
             if packet is not None:
                 return packet
             self.wait_or_raise(select.POLLIN, deadline)
+
+    def _block_for_a_tick(self) -> None:
+        """Wait for the next packet in the read itself, where that saves the machinery of :meth:`wait`."""
 
     def _receive_now(self) -> Packet | None:
         raise NotImplementedError
