@@ -19,7 +19,7 @@ from fdshare.errors import (
     ProtocolError,
     TaskTimeoutError,
 )
-from fdshare.handle import FdHandle, move
+from fdshare.handle import FdHandle, Outside, move
 from fdshare.reducers import register
 from fdshare.rights import recv_fds, send_fds
 from fdshare.waiting import ChannelSet, wait
@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {"ProcessPoolExecutor": "fdshare.pool.executor", "WorkerDiedError": "fdshare.pool.errors"}
+
+
+def _reduce_outside(obj: object) -> tuple[Any, ...]:
+    """Load the broker when the first handle or channel is pickled outside a channel."""
+    from fdshare.handoff import reduce_outside
+
+    return reduce_outside(obj)
+
+
+Outside.reduce = staticmethod(_reduce_outside)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,6 @@ system call, no header.  Everything else takes the slow path below it.
 from __future__ import annotations
 
 import errno
-import os
 import pickle
 import select
 import socket
@@ -24,7 +23,7 @@ from fdshare import memory, reducers, rights, wire
 from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, undecodable
 from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
-from fdshare.handle import FdHandle, inheritable, own, to_socket
+from fdshare.handle import FdHandle, Outside, to_socket
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.packets import open_packet
 from fdshare.transport import other_threads
@@ -424,8 +423,8 @@ class Channel:
                 warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process."""
-        return _adopt_inherited, (inheritable(self, "Channel"), *_options(self))
+        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
+        return Outside.reduce(self)
 
 
 def _options(channel: Channel) -> tuple[bool, bool, Codec | None, int]:
@@ -447,14 +446,6 @@ def rebuild_channel(
     return reducers.built(
         _channel_of(reducers.take(index, stat.S_IFSOCK), readable, writable, codec, max_inflight)
     )
-
-
-def _adopt_inherited(
-    token: Any, readable: bool, writable: bool, codec: Codec | None, max_inflight: int
-) -> Channel:
-    handle = own(token.detach)
-    os.set_inheritable(handle.fileno(), False)
-    return _channel_of(handle, readable, writable, codec, max_inflight)
 
 
 def _channel_of(

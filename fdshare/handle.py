@@ -18,7 +18,6 @@ import errno
 import io
 import os
 import stat
-import sys
 import warnings
 from collections.abc import Callable
 from itertools import starmap
@@ -338,8 +337,8 @@ class FdHandle:
                 warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process."""
-        return (adopt_inherited, (inheritable(self, "FdHandle"),))
+        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
+        return Outside.reduce(self)
 
 
 class HandleList(list[FdHandle]):
@@ -374,29 +373,10 @@ NO_HANDLES = HandleList()
 _arm: Any = vars(FdHandle)["_fd"].__set__  # of the slot: a C function
 
 
-def inheritable(owner: HasFileno, what: str) -> Any:
-    """Return multiprocessing's own token for a descriptor that the process being started now will inherit.
+class Outside:
+    """How every pickler but a channel's takes a handle or a channel; the façade says it, since the way leads downward."""
 
-    Raises:
-        NotSendableError: no process is being started, so the bytes of this pickle could go anywhere.
-    """
-    context = sys.modules.get("multiprocessing.context")
-    if context is None or context.get_spawning_popen() is None:
-        raise NotSendableError(
-            f"cannot pickle {what} outside a Channel: a descriptor cannot travel as bytes; "
-            "send it over a fdshare.Channel, or pass it in Process(args=...)",
-            type_name=what,
-        )
-    from multiprocessing import reduction
-
-    return reduction.DupFd(owner.fileno())
-
-
-def adopt_inherited(token: Any) -> FdHandle:
-    """Rebuild in the started process what :func:`inheritable` made."""
-    handle = own(token.detach)
-    os.set_inheritable(handle.fileno(), False)
-    return handle
+    reduce: Callable[[object], tuple[Any, ...]]
 
 
 class Moved:

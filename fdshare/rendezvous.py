@@ -1,0 +1,122 @@
+"""Where the broker listens: a socket in a private directory, and the sweeping after processes that were killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+
+from fdshare.handle import own
+
+__all__ = ["listen", "remove", "short_path"]
+
+BACKLOG = 1024
+"""Connections that the kernel keeps while the sender is busy; the system may allow fewer, and then connect waits."""
+
+MAX_PATH = 100
+"""Bytes of a socket's path that fit everywhere (104 on BSD, 108 on Linux, with a terminator)."""
+
+_PREFIX = "fdshare-"
+_UNFINISHED = ".new"
+
+
+def _directory() -> str:
+    """Return a directory of mode 0700 that is ours: the one of this user, which is easy to sweep, if nobody is in the way."""
+    from tempfile import gettempdir, mkdtemp
+
+    base = gettempdir()
+    if len(os.fsencode(base)) > MAX_PATH - 50 and not sys.platform.startswith("linux"):
+        base = "/tmp"
+    path = os.path.join(base, f"{_PREFIX}{os.geteuid()}")
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:  # removed by its last user just now
+        return _directory()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+        return path
+    return mkdtemp(prefix=_PREFIX, dir=base)  # somebody else was here first
+
+
+@contextlib.contextmanager
+def short_path(path: str) -> Iterator[str]:
+    """Give a path to the same socket that is short enough for bind and connect."""
+    if len(os.fsencode(path)) <= MAX_PATH or not sys.platform.startswith("linux"):
+        yield path
+        return
+    with own(os.open, os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) as directory:
+        yield f"/proc/self/fd/{directory.fileno()}/{os.path.basename(path)}"
+
+
+def listen() -> tuple[socket.socket, str]:
+    """Return a listening socket and its path."""
+    while True:
+        path = os.path.join(_directory(), f"{os.getpid()}-{os.urandom(4).hex()}")
+        unfinished = path + _UNFINISHED
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # A socket that is bound and does not listen yet looks like one whose process has died, so it gets the
+            # name by which others judge only when it listens.
+            with short_path(unfinished) as short:
+                listener.bind(short)
+            listener.listen(BACKLOG)
+            listener.setblocking(False)
+            os.rename(unfinished, path)
+        except FileNotFoundError:  # the directory went with its last user: again
+            listener.close()
+            continue
+        except BaseException:
+            listener.close()
+            raise
+        return listener, path
+
+
+def remove(path: str) -> None:
+    """Remove a socket, those that killed processes have left beside it, and the directory when it is empty."""
+    directory = os.path.dirname(path)
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+    _sweep(directory)
+    try:
+        os.rmdir(directory)
+    except OSError:
+        pass
+
+
+def _sweep(directory: str) -> None:
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return
+    for name in names:
+        pid = name.partition("-")[0]
+        if not pid.isdigit() or int(pid) == os.getpid() or _lives(int(pid)):
+            continue
+        path = os.path.join(directory, name)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, short_path(path) as short:
+                sock.setblocking(False)
+                sock.connect(short)
+        except ConnectionRefusedError:  # of another pid namespace it would have answered
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        except OSError:
+            pass
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
