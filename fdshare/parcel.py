@@ -172,8 +172,21 @@ def receive(channel: Channel) -> Message:
 
 
 def receive_now(channel: Channel) -> Message | None:
-    """Take the next message if there is one; raises as :func:`receive` does."""
+    """Take the next message if there is one; raises as :func:`receive` does.  One thread at a time may do so."""
     transport = channel._transport
+    if transport.plain and not transport.arrived:
+        try:
+            for transport.arrived in transport.arrivals_now:  # noqa: B020 -- see channel.py
+                break
+        except BlockingIOError:
+            return None
+        except OSError:
+            pass  # closed, gone: the slow path tells
+        else:
+            data, ancillary, _, _ = transport.arrived
+            if data and not ancillary and data[0] == wire.PICKLE_MARK:
+                transport.arrived = None
+                return data  # type: ignore[no-any-return]
     with transport._reading:
         transport.check_open()
         packet = transport._receive_now()

@@ -117,6 +117,9 @@ class Transport:
         self.closed = False
         self.arrived: Any = None  # a result of recvmsg that nobody has taken yet
         self.arrivals = starmap(sock.recvmsg, repeat((wire.PACKET_SIZE, rights.CONTROL_SIZE, rights.CLOEXEC)))
+        self.arrivals_now = starmap(
+            sock.recvmsg, repeat((wire.PACKET_SIZE, rights.CONTROL_SIZE, rights.CLOEXEC | rights.NOW))
+        )
         self._sent = 0  # bytes of the present frame that the kernel has; for streams
         self.bare = False  # whether packets without a header are spoken here
         self.plain = False  # whether the next packet may be taken without looking for room first

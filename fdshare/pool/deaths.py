@@ -7,10 +7,9 @@ that is in neither place is the one it was running.
 from __future__ import annotations
 
 import logging
-import selectors
 import time
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fdshare.errors import FdLimitError, TaskTimeoutError
 from fdshare.pool.errors import WorkerDiedError, manner
@@ -38,7 +37,7 @@ class Undertaker:
 
     pool: Pool
     exiting: bool
-    _poller: selectors.BaseSelector
+    _poller: Any
     _choked: dict[Worker, float]
     _dying: set[Worker]
     _startup_deaths: int
@@ -49,7 +48,7 @@ class Undertaker:
     def _choke(self, worker: Worker) -> None:
         """Put aside a worker whose messages bring more descriptors than fit into this process."""
         self._choked.setdefault(worker, time.monotonic())
-        self._poller.unregister(worker.channel)
+        self._poller.unregister(worker.channel.fileno())
 
     def _bury(self, worker: Worker) -> None:
         """See to what a dead worker has left, and replace it."""
@@ -82,7 +81,7 @@ class Undertaker:
                     if task.number == worker.refused
                 ]
         self._dying.remove(worker)
-        self._poller.unregister(worker.channel)
+        self._poller.unregister(worker.channel.fileno())
         worker.process.join()
         self._account_for(worker, worker.process.exitcode)
 

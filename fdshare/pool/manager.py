@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from fdshare import parcel
 from fdshare.errors import DecodeError, FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own
 from fdshare.pool.deaths import BATCH, Undertaker
+from fdshare.pool.poller import Poller
 from fdshare.pool.pool import CHOKED_SECONDS
 from fdshare.pool.tasks import (
     ERROR,
@@ -56,9 +56,9 @@ class Manager(Undertaker, threading.Thread):
         super().__init__(name="fdshare-pool")
         self.pool = pool
         self.exiting = False
-        self._poller = selectors.DefaultSelector()
+        self._poller = Poller()
         self._wake_reader, self._wake_writer = _wakers()
-        self._poller.register(self._wake_reader.fileno(), selectors.EVENT_READ, None)
+        self._poller.register(self._wake_reader.fileno(), None)
         self._choked: dict[Worker, float] = {}  # whose answers do not fit into this process, and since when
         self._dying: set[Worker] = set()  # dead, and choked
         self._startup_deaths = 0
@@ -84,8 +84,10 @@ class Manager(Undertaker, threading.Thread):
 
     def watch(self, worker: Worker) -> None:
         """Begin to look after a worker."""
-        self._poller.register(worker.sentinel(), selectors.EVENT_READ, (worker, True))
-        self._poller.register(worker.channel, selectors.EVENT_READ, (worker, False))
+        self._poller.register(worker.sentinel(), (worker, True))
+        self._poller.register(worker.channel.fileno(), (worker, False))
+        if not self._poller.sees_changes:
+            self.wake()
 
     def close(self) -> None:
         """Let go of the descriptors."""
@@ -139,11 +141,11 @@ class Manager(Undertaker, threading.Thread):
     def _turn(self) -> None:
         pool = self.pool
         dead: list[Worker] = []
-        for key, _ in self._poller.select(self._timeout()):
-            if key.data is None:
-                os.read(self._wake_reader.fileno(), 4096)
+        for data in self._poller.poll(self._timeout()):
+            if data is None:
+                self._clear_wake()
                 continue
-            worker, died = key.data
+            worker, died = data
             if died:
                 dead.append(worker)
             elif worker not in self._choked:
@@ -158,9 +160,17 @@ class Manager(Undertaker, threading.Thread):
         if pool.outcomes:
             pool.settle()
 
+    def _clear_wake(self) -> None:
+        try:
+            os.read(self._wake_reader.fileno(), 4096)
+        except BlockingIOError:
+            pass
+
     def _timeout(self) -> float | None:
         """Seconds until something is due; None while nothing is."""
         pool = self.pool
+        if not (pool.timed or pool.choked or self._choked):
+            return None
         due = [CHOKED_TICK] if pool.choked or self._choked else []
         if pool.timed:
             now = time.monotonic()
@@ -173,7 +183,7 @@ class Manager(Undertaker, threading.Thread):
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def _take_answers(self, worker: Worker, most: int = BATCH) -> bool:
-        """Take what a worker has sent, give it more to do, then settle the futures; return whether there may be more."""
+        """Take what a worker has sent, give it more to do, then settle the futures; return whether there was anything."""
         pool = self.pool
         messages: list[parcel.Message] = []
         try:
@@ -182,6 +192,8 @@ class Manager(Undertaker, threading.Thread):
                 if message is None:
                     break
                 messages.append(message)
+                if len(messages) == len(worker.assigned):
+                    break  # there can be no more, so save looking
         except PeerClosedError:
             pass
         except FdLimitError:
@@ -209,7 +221,7 @@ class Manager(Undertaker, threading.Thread):
             pool.fill(worker)
         for task, kind, message in answers:
             self._settle(worker, task, kind, message)
-        return len(messages) == most
+        return True
 
     def _note(self, worker: Worker, kind: int, message: parcel.Message) -> None:
         """Take in what a worker tells of itself.  Lock held."""
@@ -300,7 +312,7 @@ class Manager(Undertaker, threading.Thread):
                 self._drop_one(worker)
                 since = now
             del self._choked[worker]
-            self._poller.register(worker.channel, selectors.EVENT_READ, (worker, False))
+            self._poller.register(worker.channel.fileno(), (worker, False))
             if worker in self._dying:
                 self._bury(worker)
             else:

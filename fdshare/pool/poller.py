@@ -1,0 +1,66 @@
+"""``Poller``: an epoll where there is one, with the least Python in between; ``selectors`` elsewhere."""
+
+from __future__ import annotations
+
+import select
+import selectors
+from typing import Any
+
+__all__ = ["Poller"]
+
+
+class _SelectorPoller:
+    """For systems without epoll: a change made while another thread polls is seen at its next turn only."""
+
+    sees_changes = False
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def register(self, fd: int, data: Any) -> None:
+        """Watch a descriptor; ``data`` is what :meth:`poll` returns for it."""
+        self._selector.register(fd, selectors.EVENT_READ, data)
+
+    def unregister(self, fd: int) -> None:
+        """Stop watching it."""
+        self._selector.unregister(fd)
+
+    def poll(self, timeout: float | None) -> list[Any]:
+        """Wait up to ``timeout`` seconds (None: for ever); return the data of what is readable."""
+        return [key.data for key, _ in self._selector.select(timeout)]
+
+    def close(self) -> None:
+        """Close it."""
+        self._selector.close()
+
+
+class _EpollPoller:
+    """The same with epoll, which sees changes at once."""
+
+    sees_changes = True
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._data: dict[int, Any] = {}
+
+    def register(self, fd: int, data: Any) -> None:
+        """Watch a descriptor; ``data`` is what :meth:`poll` returns for it."""
+        self._data[fd] = data
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def unregister(self, fd: int) -> None:
+        """Stop watching it."""
+        self._epoll.unregister(fd)
+        del self._data[fd]
+
+    def poll(self, timeout: float | None) -> list[Any]:
+        """Wait up to ``timeout`` seconds (None: for ever); return the data of what is readable."""
+        data = self._data
+        return [data.get(fd) for fd, _ in self._epoll.poll(timeout)]
+
+    def close(self) -> None:
+        """Close it."""
+        self._epoll.close()
+
+
+Poller = _EpollPoller if hasattr(select, "epoll") else _SelectorPoller
