@@ -352,6 +352,7 @@ for _name, _reason in {
     "gzip.GzipFile": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
     "bz2.BZ2File": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
     "lzma.LZMAFile": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
+    "zipfile.ZipExtFile": "a compressed member has state in mid-file: send the archive's own file, or read() of it",
     "_io.BufferedRWPair": "it joins two streams: send the two",
     "builtins.memoryview": "a view borrows its memory: send bytes(view), or the object it looks into",
     "socket.SocketIO": "it belongs to its socket: send the socket, and call makefile() there",
