@@ -29,7 +29,7 @@ import multiprocessing as mp
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -39,9 +39,10 @@ from fdshare.pool.calls import encode_call
 from fdshare.pool.compat import StandardNames
 from fdshare.pool.mapping import Slot, map_calls
 from fdshare.pool.pool import Pool
+from fdshare.pool.stats import PoolStats, stats_of
 from fdshare.pool.tasks import Task, TaskFuture
 
-__all__ = ["ProcessPoolExecutor"]
+__all__ = ["PoolView", "ProcessPoolExecutor"]
 
 T = TypeVar("T")
 
@@ -180,6 +181,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
+        progress: Any = None,
     ) -> Iterator[T]:
         """Return an iterator over ``map(fn, *iterables)``, with the calls made by the workers.
 
@@ -188,12 +190,62 @@ class ProcessPoolExecutor(StandardNames, Executor):
             chunksize: how many calls make one task.
             buffersize: most tasks whose results have not been yielded yet, so that endless iterables work; None takes the
                 iterables in at once.
+            progress: True, a description, or a running ``rich.progress.Progress``: draw how far it is.
 
         Raises:
             ValueError, TypeError: chunksize or buffersize makes no sense.
+            ImportError: ``progress`` without rich.
         """
-        submit = ProcessPoolExecutor._submit
-        return map_calls(self, fn, iterables, submit, timeout, chunksize, buffersize)
+        return self._map(None, 0, fn, iterables, timeout, chunksize, buffersize, progress)
+
+    def _map(
+        self,
+        task_timeout: float | None,
+        retries: int,
+        fn: Callable[..., T],
+        iterables: tuple[Iterable[Any], ...],
+        timeout: float | None,
+        chunksize: int,
+        buffersize: int | None,
+        progress: Any,
+    ) -> Iterator[T]:
+        def submit(owner: ProcessPoolExecutor, slot: Slot, function: Any, args: tuple[Any, ...]) -> None:
+            owner._submit(slot, function, args, _NO_ARGUMENTS, task_timeout, retries)
+
+        results = map_calls(self, fn, iterables, submit, timeout, chunksize, buffersize)
+        if progress is None or progress is False:
+            return results
+        from fdshare.pool.progress import show_progress
+
+        pool = self._pool
+        sizes = [len(iterable) for iterable in iterables if isinstance(iterable, Sized)]
+        total = min(sizes) if sizes and len(sizes) == len(iterables) else None
+        return show_progress(results, progress, total, lambda: stats_of(pool))
+
+    def options(self, *, timeout: float | None = None, retries: int = 0) -> PoolView:
+        """Return a view of this pool whose ``submit`` and ``map`` have their own rules.
+
+        Args:
+            timeout: seconds a task may run, counted from its beginning; then its worker is killed and the task fails with
+                TaskTimeoutError.  None for no limit.
+            retries: how often a task may run again after its worker has died under it.  It must bear being run twice.
+
+        Raises:
+            ValueError, TypeError: they make no sense.
+        """
+        if timeout is not None and not timeout > 0:
+            raise ValueError("timeout must be None or > 0")
+        if not isinstance(retries, int):
+            raise TypeError("retries must be an integer")
+        if retries < 0:
+            raise ValueError("retries must be >= 0")
+        return PoolView(self, timeout, retries)
+
+    def stats(self) -> PoolStats:
+        """Return a snapshot: each worker's pid, state, task age, tasks done and resident memory; tasks queued, running, done,
+        failed; workers restarted.  Raises nothing.
+        """
+        return stats_of(self._pool)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -252,3 +304,40 @@ class ProcessPoolExecutor(StandardNames, Executor):
                     process.kill()
             except (ValueError, ProcessLookupError):
                 pass  # ended and closed meanwhile
+
+
+class PoolView:
+    """A pool with rules of its own for its tasks; made by :meth:`ProcessPoolExecutor.options`."""
+
+    def __init__(self, executor: ProcessPoolExecutor, timeout: float | None, retries: int) -> None:
+        self._executor = executor
+        self._timeout = timeout
+        self._retries = retries
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> TaskFuture:
+        """Schedule a call as ``ProcessPoolExecutor.submit`` does.
+
+        Raises:
+            RuntimeError, BrokenProcessPool: as there.
+        """
+        future = TaskFuture()
+        self._executor._submit(future, fn, args, kwargs, self._timeout, self._retries)
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: Any = None,
+    ) -> Iterator[T]:
+        """Map as ``ProcessPoolExecutor.map`` does; ``timeout`` here is of the whole, and a task is a chunk.
+
+        Raises:
+            ValueError, TypeError, ImportError: as there.
+        """
+        return self._executor._map(
+            self._timeout, self._retries, fn, iterables, timeout, chunksize, buffersize, progress
+        )
