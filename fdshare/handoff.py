@@ -12,19 +12,21 @@ import socket
 import struct
 import sys
 import threading
+import types
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
-from fdshare import broker, rights
+from fdshare import broker, reducers, rights
 from fdshare.broker import BUNDLED, BUSY, DENIED, GIVEN, UNKNOWN
 from fdshare.codec import Incoming, Outgoing, PickleCodec
 from fdshare.credentials import peer_credentials
 from fdshare.errors import AccessDeniedError, FdLimitError, HandoffExpiredError, ProtocolError
-from fdshare.handle import FdHandle, HandleList, Handles, own
+from fdshare.handle import FdHandle, HandleList, Handles, Moved, own
 from fdshare.rendezvous import short_path
 from fdshare.wire import MAX_FDS_PER_PACKET
 
-__all__ = ["attempts", "fetch", "reduce_outside"]
+__all__ = ["attempts", "carried_types", "fetch", "reduce_outside"]
 
 _CODEC = PickleCodec()
 
@@ -163,6 +165,19 @@ def rebuild_inherited(payload: bytes, buffers: Any, tokens: list[Any]) -> Any:
 def rebuild_fetched(payload: bytes, buffers: Any, address: str, token: bytes, count: int) -> Any:
     handles = fetch(address, token, count)
     return _CODEC.decode(Incoming(payload, handles, [memoryview(b) for b in buffers]))
+
+
+def carried_types() -> list[type]:
+    """Return the types that :func:`reduce_outside` takes at present, registered ones included; loads what holds them."""
+    types_ = [cls for cls in reducers.known if cls not in _MESSAGE_ONLY]
+    for name, reducer in reducers.known_by_name.items():
+        if reducer not in reducers._refusals:
+            module, _, cls = name.rpartition(".")
+            types_.append(getattr(import_module(module), cls))
+    return types_
+
+
+_MESSAGE_ONLY = (reducers.Mark, Moved, types.FunctionType)
 
 
 class _Attempt(threading.local):
