@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
+from fdshare import memory
 from fdshare.testing import fdshare_no_leaks
 
 __all__ = ["fdshare_no_leaks"]  # a fixture is found by its name in a conftest
@@ -17,3 +18,21 @@ settings.load_profile("fdshare")
 @pytest.fixture(autouse=True)
 def no_leaks(fdshare_no_leaks: None) -> None:
     """Check descriptors, threads and children after every test, in the test's child processes too."""
+
+
+SEGMENTS = ("pipe", "memfd", "file")
+
+
+@pytest.fixture(params=SEGMENTS)
+def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where segments live: pipes where they are small enough, or never those; or files, where the system has neither."""
+    name: str = request.param
+    monkeypatch.setattr(memory, "HAVE_PIPE_SIZE", name == "pipe")
+    monkeypatch.setattr(memory, "HAVE_MEMFD", name != "file")
+    return name
+
+
+@pytest.fixture
+def only_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "HAVE_PIPE_SIZE", False)
+    monkeypatch.setattr(memory, "HAVE_MEMFD", False)

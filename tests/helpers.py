@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fdshare import Channel, wire
+from fdshare import Channel, FdHandle, wire
+from fdshare.testing import numbered_handle, pattern, read_number
 
 TRANSPORTS = ("seqpacket", "stream")
 METHODS = ("fork", "forkserver", "spawn")
@@ -119,3 +120,44 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.001)
+
+
+# every kind of message, each of which says which one it is
+
+KINDS = ("small", "empty", "inline", "large", "one_fd", "many_fds", "bundle", "large_and_fds")
+
+
+def compose(number: int, kind: str) -> tuple[Any, list[FdHandle]]:
+    """Return message ``number`` of a kind, and the handles in it, which stay the caller's."""
+    count = {"one_fd": 1, "many_fds": 20, "bundle": 300, "large_and_fds": 3}.get(kind, 0)
+    size = {"small": 10, "inline": 50_000, "large": LARGE, "large_and_fds": LARGE}.get(kind, 0)
+    handles = [numbered_handle(number + i) for i in range(count)]
+    return (number, kind, pattern(size, number % 251), handles), handles
+
+
+def verify(message: Any) -> int:
+    """Check a message of :func:`compose`, close its handles, return its number."""
+    number, kind, content, handles = message
+    assert len(content) == {"small": 10, "inline": 50_000, "large": LARGE, "large_and_fds": LARGE}.get(
+        kind, 0
+    )
+    assert content == pattern(len(content), number % 251)
+    assert len(handles) == {"one_fd": 1, "many_fds": 20, "bundle": 300, "large_and_fds": 3}.get(kind, 0)
+    assert [read_number(handle) for handle in handles] == list(range(number, number + len(handles)))
+    return int(number)
+
+
+def send_all(channel: Channel, numbers: range, kinds: tuple[str, ...] = KINDS) -> None:
+    """Send one message for each number, of each kind in turn."""
+    for number in numbers:
+        message, handles = compose(number, kinds[number % len(kinds)])
+        try:
+            channel.send(message, timeout=30)
+        finally:
+            for handle in handles:
+                handle.close()
+
+
+def receive_all(channel: Channel, numbers: range) -> None:
+    """Receive exactly these messages, in this order."""
+    assert [verify(channel.recv(timeout=30)) for _ in numbers] == list(numbers)

@@ -1,25 +1,19 @@
 """The conformance suite over both transports, and what the suite cannot say of every channel: many processes on one end,
-forks and signals in the middle of traffic, and a gigabyte."""
+forks in the middle of traffic, and a gigabyte."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import random
-import signal
-import sys
-import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from helpers import LARGE, METHODS, TRANSPORTS, running
+from helpers import KINDS, METHODS, TRANSPORTS, receive_all, running, send_all, verify
 
 import fdshare
-from fdshare import Channel, FdHandle, PeerClosedError
+from fdshare import Channel, PeerClosedError
 from fdshare.testing import (
     PLACES,
     ChannelConformance,
@@ -57,47 +51,6 @@ def pair(transport: str) -> Iterator[tuple[Channel, Channel]]:
     a, b = fdshare.Pipe(transport=transport)
     with a, b:
         yield a, b
-
-
-# every kind of message, each of which says which one it is
-
-KINDS = ("small", "empty", "inline", "large", "one_fd", "many_fds", "bundle", "large_and_fds")
-
-
-def compose(number: int, kind: str) -> tuple[Any, list[FdHandle]]:
-    """Return message ``number`` of a kind, and the handles in it, which stay the caller's."""
-    count = {"one_fd": 1, "many_fds": 20, "bundle": 300, "large_and_fds": 3}.get(kind, 0)
-    size = {"small": 10, "inline": 50_000, "large": LARGE, "large_and_fds": LARGE}.get(kind, 0)
-    handles = [numbered_handle(number + i) for i in range(count)]
-    return (number, kind, pattern(size, number % 251), handles), handles
-
-
-def verify(message: Any) -> int:
-    """Check a message of :func:`compose`, close its handles, return its number."""
-    number, kind, content, handles = message
-    assert len(content) == {"small": 10, "inline": 50_000, "large": LARGE, "large_and_fds": LARGE}.get(
-        kind, 0
-    )
-    assert content == pattern(len(content), number % 251)
-    assert len(handles) == {"one_fd": 1, "many_fds": 20, "bundle": 300, "large_and_fds": 3}.get(kind, 0)
-    assert [read_number(handle) for handle in handles] == list(range(number, number + len(handles)))
-    return int(number)
-
-
-def send_all(channel: Channel, numbers: range, kinds: tuple[str, ...] = KINDS) -> None:
-    """Send one message for each number, of each kind in turn."""
-    for number in numbers:
-        message, handles = compose(number, kinds[number % len(kinds)])
-        try:
-            channel.send(message, timeout=30)
-        finally:
-            for handle in handles:
-                handle.close()
-
-
-def receive_all(channel: Channel, numbers: range) -> None:
-    """Receive exactly these messages, in this order."""
-    assert [verify(channel.recv(timeout=30)) for _ in numbers] == list(numbers)
 
 
 @pytest.mark.parametrize("kinds", [*[(kind,) for kind in KINDS], KINDS], ids=[*KINDS, "mixed"])
@@ -286,193 +239,6 @@ def test_forked_child_sends_while_the_parent_does() -> None:
         a.send(None)
     assert [number for number in received if number < 1000] == list(range(400))
     assert Counter(number // 1000 for number in received if number >= 1000) == dict.fromkeys(range(1, 11), 8)
-
-
-# signals
-
-
-class Interrupter:
-    """Interrupts calls of the main thread at random moments, by an interval timer.
-
-    It is armed only inside :meth:`__call__`, so nothing but the call under test is struck.
-    """
-
-    def __init__(self, longest: float, seed: int) -> None:
-        self.hits = 0
-        self._armed = False
-        self._longest = longest
-        self._random = random.Random(seed)
-        signal.signal(signal.SIGALRM, self._strike)
-
-    def _strike(self, *args: object) -> None:
-        if self._armed:
-            self._armed = False
-            raise KeyboardInterrupt
-
-    def __call__(self, function: Callable[[], Any]) -> Any:
-        """Call, and return the result, or None where it was interrupted."""
-        try:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, self._random.uniform(1e-6, self._longest))
-                self._armed = True
-                return function()
-            finally:
-                self._armed = False
-        except KeyboardInterrupt:
-            self.hits += 1
-            return None
-
-    def stop(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-# one kind of each way through the code, weighted to what takes microseconds
-INTERRUPTED_KINDS = (
-    "small",
-    "one_fd",
-    "one_fd",
-    "large_and_fds",
-    "many_fds",
-    "one_fd",
-    "inline",
-    "small",
-    "one_fd",
-    "bundle",
-)
-
-
-def expect_drops() -> None:
-    """An interrupt on the way out of a call drops what it was returning, and one in a ``__del__`` is only printed."""
-    warnings.simplefilter("ignore", ResourceWarning)
-    sys.unraisablehook = lambda unraisable: None
-
-
-def _interrupted_receiver(transport: str, count: int, seed: int) -> int:
-    expect_drops()
-    a, b = fdshare.Pipe(transport=transport)
-    interrupt = Interrupter(400e-6, seed)
-    last, received = -1, 0
-
-    def send() -> None:
-        send_all(a, range(count), INTERRUPTED_KINDS)
-        a.close()  # the end, which an interrupt cannot make one miss
-
-    with a, b, running(send, closing=(a, b)):
-        with contextlib.suppress(PeerClosedError):
-            while True:
-                message = interrupt(lambda: b.recv(timeout=20))
-                if message is not None:
-                    number = verify(message)
-                    assert number > last, "out of order, or twice"
-                    last = number
-                    received += 1
-                del message
-        interrupt.stop()
-    assert received >= count - interrupt.hits, (
-        f"{count - received} messages lost by {interrupt.hits} interrupts"
-    )
-    return interrupt.hits
-
-
-def send_and_tell(channel: Channel, message: object) -> bool:
-    """Send; True says that the call came back."""
-    channel.send(message, timeout=20)
-    return True
-
-
-def _interrupted_sender(transport: str, count: int, seed: int) -> int:
-    expect_drops()
-    a, b = fdshare.Pipe(transport=transport)
-    interrupt = Interrupter(400e-6, seed)
-    received: list[int] = []
-
-    def receive() -> None:
-        while (message := b.recv(timeout=20)) != "end":
-            received.append(verify(message))
-
-    def say_end() -> None:  # in a thread: a lock that an interrupt left behind is the main thread's
-        a.send("end", timeout=20)
-
-    certain = []
-    with a, b, running(receive, closing=(a, b)):
-        for number in range(count):
-            message, handles = compose(number, INTERRUPTED_KINDS[number % len(INTERRUPTED_KINDS)])
-            if interrupt(functools.partial(send_and_tell, a, message)):
-                certain.append(number)
-            for handle in handles:
-                handle.close()
-        interrupt.stop()
-        with running(say_end, closing=(a, b)):
-            pass
-    assert received == sorted(set(received)), "out of order, or twice"
-    assert set(certain) <= set(received), "what was sent did not arrive"
-    return interrupt.hits
-
-
-@pytest.mark.parametrize("side", [_interrupted_receiver, _interrupted_sender], ids=["receiver", "sender"])
-def test_keyboard_interrupt_at_random_moments(transport: str, side: Callable[[str, int, int], int]) -> None:
-    """The channel stays in step, and no descriptor is left over (the child's own leak check)."""
-    hits = checked_child(side, transport, 3000, 1, timeout=55)
-    assert hits >= 200, f"only {hits} calls were interrupted"
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("side", [_interrupted_receiver, _interrupted_sender], ids=["receiver", "sender"])
-@pytest.mark.parametrize("seed", range(2, 12))
-def test_keyboard_interrupt_for_long(transport: str, side: Callable[[str, int, int], int], seed: int) -> None:
-    assert checked_child(side, transport, 30_000, seed, timeout=300) >= 2000
-
-
-def _traffic_under_signals(transport: str) -> int:
-    """Both directions through one end, in the main thread, with a handler that returns: calls are restarted."""
-    count = 0
-
-    def handler(*args: object) -> None:
-        nonlocal count
-        count += 1
-
-    signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0005)
-    a, b = fdshare.Pipe(transport=transport)
-
-    def echo() -> None:
-        for message in b:
-            b.send(fdshare.move(message))
-
-    with b, running(echo), a:
-        for number in range(500):
-            message, handles = compose(number, INTERRUPTED_KINDS[number % len(INTERRUPTED_KINDS)])
-            a.send(message)
-            for handle in handles:
-                handle.close()
-            assert verify(a.recv()) == number
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return count
-
-
-def test_signals_that_are_handled(transport: str) -> None:
-    """EINTR: the calls are taken up again, with and without a timeout."""
-    assert checked_child(_traffic_under_signals, transport) >= 100
-
-
-def _timeout_under_signals(transport: str) -> float:
-    import time
-
-    signal.signal(signal.SIGALRM, lambda *args: None)
-    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    a, b = fdshare.Pipe(transport=transport)
-    with a, b:
-        begin = time.monotonic()
-        with pytest.raises(TimeoutError):
-            a.recv(timeout=0.3)
-        took = time.monotonic() - begin
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        return took
-
-
-def test_signals_do_not_stretch_a_timeout(transport: str) -> None:
-    assert 0.3 <= checked_child(_timeout_under_signals, transport) < 5
 
 
 # processes given a channel
