@@ -7,6 +7,7 @@ them can still be there.
 
 from __future__ import annotations
 
+import _socket
 import fcntl
 import functools
 import math
@@ -18,6 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from itertools import starmap
 from typing import Protocol
 
 from fdshare.errors import ClosedError
@@ -55,7 +57,7 @@ class Reservation:
         self.size = size
 
 
-def _unread(sock: socket.socket) -> int:
+def _unread(sock: _socket.socket) -> int:
     """Ask the kernel (SIOCOUTQ); 0 where it does not tell."""
     buffer = bytearray(4)
     try:
@@ -68,10 +70,15 @@ def _unread(sock: socket.socket) -> int:
 @functools.cache
 def _packet_cost() -> int:
     """Measure what a message with a segment adds to :func:`_unread` at least: two of the smallest packets."""
-    sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with sender, receiver:
+    # Of C alone, so that no interrupt can lose one.
+    for sender, receiver in starmap(_socket.socketpair, ((socket.AF_UNIX, socket.SOCK_STREAM),)):  # noqa: B007
+        break
+    try:
         sender.send(b"x")
         return 2 * max(1, _unread(sender))
+    finally:
+        sender.close()
+        receiver.close()
 
 
 class InFlight:
