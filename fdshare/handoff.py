@@ -13,7 +13,7 @@ import struct
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from importlib import import_module
 from typing import Any
 
@@ -199,16 +199,17 @@ def _discard(token: bytes | None) -> None:
 
 
 @contextlib.contextmanager
-def attempts() -> Iterator[None]:
+def attempts() -> Iterator[Sized]:
     """Around code that pickles the same objects again when a first pickler has failed: only the last attempt's deposits stay.
 
-    Where the block raises, none does.
+    Where the block raises, none does.  Gives what tells how many there are.
     """
-    outer, _attempt.tokens = _attempt.tokens, {}
+    tokens: dict[int, bytes] = {}
+    outer, _attempt.tokens = _attempt.tokens, tokens
     try:
-        yield
+        yield tokens
     except BaseException:
-        for token in _attempt.tokens.values():
+        for token in tokens.values():
             _discard(token)
         raise
     finally:

@@ -23,6 +23,7 @@ import os
 import sys
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from multiprocessing import connection, process, reduction
 from multiprocessing.context import get_spawning_popen
@@ -211,10 +212,49 @@ def _attend_dask_pickle(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def dumps(*args: Any, **kwargs: Any) -> Any:
-        with handoff.attempts():  # it tries up to three picklers
-            return original(*args, **kwargs)
+        global _dask_deposits
+        with handoff.attempts() as deposits:  # it tries up to three picklers
+            result = original(*args, **kwargs)
+        _dask_deposits += bool(deposits)
+        return result
 
     _set(vars(module), "dumps", dumps)
+
+
+_dask_deposits = 0
+"""How many of Dask's pickles had descriptors so far; a missed count between threads is none of zero."""
+
+
+class _MessageLog(deque[Any]):
+    """What a BatchedSend remembers of its last thousand messages, without the tasks' descriptors, which it would keep open."""
+
+    _seen = -1
+
+    def append(self, payload: Any) -> None:
+        if self._seen != _dask_deposits:
+            self._seen = _dask_deposits
+            if isinstance(payload, list):
+                payload = [
+                    {**message, "run_spec": None}
+                    if isinstance(message, dict) and "run_spec" in message
+                    else message
+                    for message in payload
+                ]
+        super().append(payload)
+
+
+def _attend_dask_batched(module: ModuleType) -> None:
+    original = module.BatchedSend.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        log = getattr(self, "recent_message_log", None)
+        if type(log) is deque:
+            self.recent_message_log = _MessageLog(log, log.maxlen)
+
+    module.BatchedSend.__init__ = init
+    _undo.append(lambda: setattr(module.BatchedSend, "__init__", original))
 
 
 _NEIGHBOURS: dict[str, Callable[[ModuleType], None]] = {
@@ -224,6 +264,7 @@ _NEIGHBOURS: dict[str, Callable[[ModuleType], None]] = {
     "joblib.externals.loky.backend.reduction": _attend_loky,
     "dask.tokenize": _attend_dask_tokenize,
     "distributed.protocol.pickle": _attend_dask_pickle,
+    "distributed.batched": _attend_dask_batched,
 }
 
 
