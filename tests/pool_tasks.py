@@ -1,0 +1,232 @@
+"""The functions that the pool's tests run in workers."""
+
+from __future__ import annotations
+
+import array
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import attrs
+
+import fdshare
+from fdshare import FdHandle
+
+
+def identity(value: Any) -> Any:
+    return value
+
+
+def add(one: int, other: int) -> int:
+    return one + other
+
+
+def fail(text: str) -> None:
+    raise ValueError(text)
+
+
+def pid() -> int:
+    return os.getpid()
+
+
+def read_all(file: Any) -> Any:
+    return file.read()
+
+
+def read_handle(handle: FdHandle) -> bytes:
+    with handle:
+        return os.read(handle.fileno(), 100)
+
+
+def say(sock: socket.socket, text: bytes) -> int:
+    with sock:
+        sock.sendall(text)
+    return len(text)
+
+
+def answer(channel: fdshare.Channel) -> str:
+    with channel:
+        channel.send(("pong", channel.recv()))
+    return "answered"
+
+
+def open_file(path: str) -> Any:
+    return open(path)
+
+
+def open_pair() -> list[socket.socket]:
+    return list(socket.socketpair())
+
+
+def pipe_with(text: bytes) -> FdHandle:
+    reader, writer = os.pipe()
+    os.write(writer, text)
+    os.close(writer)
+    return FdHandle(reader)
+
+
+def moved_pipe_with(text: bytes) -> Any:
+    return fdshare.move(pipe_with(text))
+
+
+def total(values: Any) -> float:
+    return float(values.sum())
+
+
+def doubled(values: Any) -> Any:
+    values *= 2  # arrives writable
+    return values
+
+
+def crash(manner: str) -> None:
+    """End this process in the middle of a task."""
+    if manner == "_exit":
+        os._exit(7)
+    os.kill(os.getpid(), {"SIGKILL": signal.SIGKILL, "SIGSEGV": signal.SIGSEGV}[manner])
+    signal.pause()
+
+
+def wait_for(handle: FdHandle, value: Any = None) -> Any:
+    """Block until the other end of a pipe is written to or closed."""
+    with handle:
+        os.read(handle.fileno(), 1)
+    return value
+
+
+def tell_and_wait(told: FdHandle, awaited: FdHandle) -> int:
+    """Say that this task has begun, then block."""
+    with told:
+        os.write(told.fileno(), b"!")
+    wait_for(awaited)
+    return os.getpid()
+
+
+def run_forever(told: FdHandle) -> None:
+    """Say that this task has begun, then compute without end."""
+    with told:
+        os.write(told.fileno(), b"!")
+    while True:
+        array.array("d", range(1000))
+
+
+def log_run(path: str, number: int) -> int:
+    """Note in a file that a task was run, atomically."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(fd, b"%d\n" % number)
+    os.close(fd)
+    return number
+
+
+def log_and_crash_once(path: str, number: int) -> int:
+    """Die at the first run only."""
+    first = not os.path.exists(path)
+    log_run(path, number)
+    if first:
+        os._exit(9)
+    return number
+
+
+def descriptors() -> int:
+    """Count the descriptors that are open in this process."""
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+def fork_and_return() -> int:
+    """Fork a child that returns from the task too."""
+    return os.getpid() if os.fork() else -1
+
+
+def limit_descriptors(most: int) -> None:
+    """Lower the limit of this process."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def large_result(size: int) -> bytes:
+    return bytes(size)
+
+
+def set_global(value: Any) -> None:
+    global _value
+    _value = value
+
+
+def failing_initializer(text: str) -> None:
+    raise ValueError(text)
+
+
+def dying_initializer() -> None:
+    os._exit(3)
+
+
+def get_global() -> Any:
+    return _value
+
+
+_value: Any = None
+
+
+@attrs.define
+class Job:
+    """What travels as an argument: an attrs object with a file in it."""
+
+    name: str
+    log: Any
+
+
+def write_log(job: Job) -> Job:
+    job.log.write(f"{job.name} was here\n")
+    job.log.flush()
+    return job
+
+
+class RefusesToPickle:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not this one")
+
+
+class ExitsAtPickle:
+    def __reduce__(self) -> Any:
+        sys.exit(5)
+
+
+class RefusesToUnpickle:
+    def __reduce__(self) -> Any:
+        return fail, ("cannot be rebuilt",)
+
+
+class ExitsAtUnpickle:
+    def __reduce__(self) -> Any:
+        return sys.exit, (6,)
+
+
+def make(cls: type) -> Any:
+    return cls()
+
+
+class UnpicklableError(Exception):
+    """An exception that cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not this exception")
+
+
+class UnloadableError(Exception):
+    """An exception that cannot be unpickled."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+def raise_one(cls: type[Exception], *args: Any) -> None:
+    raise cls(*args)
+
+
+def nap(seconds: float, value: Any = None) -> Any:
+    """Take a known time: for tests of limits and of the order of long and short tasks."""
+    time.sleep(seconds)
+    return value
