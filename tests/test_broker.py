@@ -564,7 +564,7 @@ def put_and_leave(queue: Any) -> None:
 def test_child_that_exits_waits_for_its_results_to_be_fetched(method: str) -> None:
     context = multiprocessing.get_context(method)
     queue = context.Queue()
-    child = context.Process(target=put_and_leave, args=(queue,))
+    child = context.Process(target=put_and_leave, args=(queue,))  # type: ignore[attr-defined]
     child.start()
     with queue.get(timeout=TIMEOUT) as handle:
         assert read_number(handle) == 7
