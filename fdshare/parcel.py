@@ -26,7 +26,6 @@ __all__ = [
     "Message",
     "Parcel",
     "open_message",
-    "receive",
     "receive_now",
     "seal",
     "send",
@@ -149,30 +148,14 @@ def _message_of(header: wire.Header | None, payload: Any, handles: HandleList) -
     return Parcel(header._replace(flags=header.flags & ~wire.BUNDLE), [payload], handles)
 
 
-def receive(channel: Channel) -> Message:
-    """Wait for the next message and take it, without decoding.
+def receive_now(channel: Channel) -> Message | None:
+    """Take the next message if there is one; one thread at a time.
 
     Raises:
         PeerClosedError, ClosedError
         FdLimitError: no room for its descriptors; it stays queued.
         DescriptorsLostError, ProtocolError: it is gone.
     """
-    transport = channel._transport
-    if transport.plain:
-        if not transport.arrived:
-            for transport.arrived in transport.arrivals:  # noqa: B020 -- see channel.py
-                break
-        data, ancillary, _, _ = transport.arrived
-        if data and not ancillary and data[0] == wire.PICKLE_MARK:
-            transport.arrived = None
-            return data  # type: ignore[no-any-return]
-    packet = transport.receive(None)
-    _forget_notices(transport)
-    return _message_of(*packet)
-
-
-def receive_now(channel: Channel) -> Message | None:
-    """Take the next message if there is one; raises as :func:`receive` does.  One thread at a time may do so."""
     transport = channel._transport
     if transport.plain and not transport.arrived:
         try:
@@ -203,7 +186,7 @@ def _forget_notices(transport: Transport) -> None:
 
 
 def next_tag(channel: Channel, error: OSError) -> int:
-    """Return the tag of the message that :func:`receive` refused with ``error`` and that stays queued; 0 where it is unknown."""
+    """Return the tag of the message that :func:`receive_now` refused with ``error``; 0 where it is unknown."""
     if isinstance(error, FdLimitError):
         try:
             data = channel._transport.sock.recv(wire.HEADER_SIZE, rights.NOW | rights.PEEK)

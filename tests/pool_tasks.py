@@ -83,6 +83,9 @@ def doubled(values: Any) -> Any:
 
 def crash(manner: str) -> None:
     """End this process in the middle of a task."""
+    import faulthandler
+
+    faulthandler.disable()  # pytest's, inherited
     if manner == "_exit":
         os._exit(7)
     os.kill(os.getpid(), {"SIGKILL": signal.SIGKILL, "SIGSEGV": signal.SIGSEGV}[manner])
@@ -120,13 +123,31 @@ def log_run(path: str, number: int) -> int:
     return number
 
 
-def log_and_crash_once(path: str, number: int) -> int:
+def log_and_crash_once(path: str, number: int, handle: FdHandle) -> int:
     """Die at the first run only."""
     first = not os.path.exists(path)
     log_run(path, number)
     if first:
         os._exit(9)
+    read_handle(handle)
     return number
+
+
+def run_one(call: tuple[Any, ...]) -> Any:
+    return call[0](*call[1:])
+
+
+def many_pipes(count: int) -> Any:
+    return fdshare.move([pipe_with(b"%d" % i) for i in range(count)])
+
+
+def fork_and_wait(told: FdHandle, awaited: FdHandle) -> int:
+    """Leave a child behind that blocks; return its pid."""
+    child = os.fork()
+    if not child:
+        tell_and_wait(told, awaited)
+        os._exit(0)
+    return child
 
 
 def descriptors() -> int:
@@ -136,7 +157,11 @@ def descriptors() -> int:
 
 def fork_and_return() -> int:
     """Fork a child that returns from the task too."""
-    return os.getpid() if os.fork() else -1
+    child = os.fork()
+    if not child:
+        return -1
+    os.waitpid(child, 0)
+    return os.getpid()
 
 
 def limit_descriptors(most: int) -> None:

@@ -320,8 +320,10 @@ class Pool:
                 if self.forks:
                     for _ in range(self.max_workers):
                         self.add_worker(self._new_worker(), manager)
+                self.manager = manager
                 manager.start()
             except BaseException:
+                self.manager = None
                 for worker in self.workers.values():
                     worker.kill()
                     worker.process.join()
@@ -330,7 +332,6 @@ class Pool:
                 self.idle.clear()
                 manager.close()
                 raise
-            self.manager = manager
 
     def _new_worker(self) -> Worker:
         return start_worker(

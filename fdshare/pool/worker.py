@@ -107,9 +107,13 @@ def _watch(fd: int) -> None:
 def _serve(channel: Channel, max_tasks: int | None, fragile: bool) -> None:
     cache = FunctionCache()
     done = 0
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
     while max_tasks is None or done < max_tasks:
         try:
-            message = parcel.receive(channel)
+            while (message := parcel.receive_now(channel)) is None:
+                # Not in the receiving call: killed there, a process may take a message along that it never saw.
+                poll.poll()
         except KeyboardInterrupt:
             continue  # meant for the parent, which ends this process by closing the channel
         except PeerClosedError:

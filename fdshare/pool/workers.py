@@ -137,6 +137,8 @@ class Worker:
 
     def close(self) -> None:
         """Let go of every descriptor; the process has ended or will, as its life line does."""
+        if self.process.pid is not None and self.process.exitcode is not None:
+            self.process._popen.close()  # but not the Process itself, which others may look at
         self.channel.close()
         self.inbox.close()
         self.life.close()
