@@ -9,6 +9,7 @@ failed, since it takes ten times as long.
 from __future__ import annotations
 
 import functools
+import io
 import pickle
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -77,11 +78,14 @@ class Outgoing:
     def sent(self) -> None:
         """The kernel has it: close what was moved."""
         consumed, self._consumed = self._consumed, []
-        try:
-            for close in consumed:
+        for close in consumed:
+            try:
                 close()
-        finally:
-            self.failed()
+            except (
+                Exception
+            ):  # the message is out, so send must not raise; and the others are to be closed as well
+                logging.getLogger("fdshare").warning("closing what was moved failed", exc_info=True)
+        self.failed()
 
     def failed(self) -> None:
         """It will not be sent: let go of everything, and leave what was to be moved with its owner."""
@@ -329,19 +333,27 @@ def _find_culprit(obj: Any, error: Exception) -> tuple[str, Any, Exception]:
     return path, obj, error
 
 
+def _shown(key: object) -> str:
+    """Return the repr of a key or an element, cut to 60 characters; its type where that raises."""
+    try:
+        return f"{key!r:.60}"
+    except Exception:  # noqa: BLE001 -- any __repr__ may raise anything
+        return f"<{type(key).__name__}>"
+
+
 def _children(obj: Any) -> Iterator[tuple[str, Any]]:
     """Yield what ``obj`` holds, each with its step of the path."""
     if isinstance(obj, dict):
         for key, value in obj.items():
-            yield f"[{key!r:.60}]", value
+            yield f"[{_shown(key)}]", value
         for key in obj:
-            yield f".keys()[{key!r:.60}]", key
+            yield f".keys()[{_shown(key)}]", key
     elif isinstance(obj, list | tuple):
         for index, item in enumerate(obj):
             yield f"[{index}]", item
     elif isinstance(obj, set | frozenset):
         for item in obj:
-            yield f"{{{item!r:.60}}}", item
+            yield f"{{{_shown(item)}}}", item
     elif isinstance(obj, Moved):
         yield "", obj.obj
     elif isinstance(obj, functools.partial):
@@ -352,14 +364,29 @@ def _children(obj: Any) -> Iterator[tuple[str, Any]]:
         yield ".__self__", obj.__self__
     elif isinstance(obj, types.FunctionType):
         for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True):
-            yield f".{name}", cell.cell_contents
+            try:
+                yield f".{name}", cell.cell_contents
+            except ValueError:
+                pass  # not set yet
         for name in obj.__code__.co_names:
             if name in obj.__globals__:
                 yield f".{name}", obj.__globals__[name]
     elif not isinstance(obj, type | types.ModuleType):
         for name, value in getattr(obj, "__dict__", {}).items():
             yield f".{name}", value
-        for cls in type(obj).__mro__:
-            for name in vars(cls).get("__slots__", ()):
-                if hasattr(obj, name):
-                    yield f".{name}", getattr(obj, name)
+        for name in _slots(obj):
+            try:
+                yield f".{name}", getattr(obj, name)
+            except Exception:  # noqa: BLE001 -- unset, or a __getattr__ that raises anything
+                pass
+
+
+def _slots(obj: Any) -> Iterator[str]:
+    """Yield the names by which ``obj`` holds something beside its ``__dict__``: of slots, and of files below files."""
+    if isinstance(obj, io.IOBase):
+        yield from ("buffer", "raw")
+    for cls in type(obj).__mro__:
+        names = vars(cls).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            mangled = name.startswith("__") and not name.endswith("__")
+            yield f"_{cls.__name__.lstrip('_')}{name}" if mangled else name

@@ -160,12 +160,27 @@ def to_socket(handle: FdHandle, *arguments: int) -> socket.socket:
 
     family, type, proto = arguments or (-1, -1, -1)
     fd = handle.fileno()
+    blocking = os.get_blocking(fd)
+    if socket.getdefaulttimeout() is not None:
+        # A new socket would be given that timeout, and O_NONBLOCK written for it into what others share.
+        type = (type if type >= 0 else _type_of_socket(fd)) | getattr(socket, "SOCK_NONBLOCK", 0)
     sock = socket.socket.__new__(socket.socket)
     sock._io_refs, sock._closed = 0, False  # type: ignore[attr-defined]  # as its Python __init__ would
     hand_over(handle, socket.SocketType.__init__, sock, family, type, proto, fd)
-    if not os.get_blocking(fd):
-        sock.settimeout(0.0)  # changes nothing in the description
+    timeout = None if blocking else 0.0
+    if sock.gettimeout() != timeout:
+        sock.settimeout(timeout)  # changes nothing in the description
     return sock
+
+
+def _type_of_socket(fd: int) -> int:
+    import socket
+
+    probe = socket.SocketType(-1, socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0), -1, fd)
+    try:
+        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    finally:
+        probe.detach()
 
 
 def _no_fileno() -> None:
@@ -285,6 +300,8 @@ class FdHandle:
             ValueError, LookupError: bad mode, encoding or buffering; the handle stays usable where the descriptor does.
             OSError: the descriptor does not fit, such as a directory.
         """
+        if not open_kwargs.get("closefd", True):
+            raise ValueError("closefd=False would leave the descriptor to nobody")
         for option, lookup in (("encoding", codecs.lookup), ("errors", codecs.lookup_error)):
             if open_kwargs.get(option) not in (None, "locale"):
                 lookup(open_kwargs[option])

@@ -271,17 +271,10 @@ _family = vars(socket.SocketType)["family"].__get__
 _type_of = vars(socket.SocketType)["type"].__get__
 
 
-_SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
-
-
 def rebuild_socket(index: int, family: int, type: int, proto: int, timeout: float | None) -> socket.socket:
     # O_NONBLOCK belongs to the description that the sender shares, and settimeout writes it.  So the timeout is set
     # only where that changes nothing; where the flag says otherwise meanwhile, the flag is the truth.
-    if socket.getdefaulttimeout() is not None:
-        type |= _SOCK_NONBLOCK  # a new socket would be given that timeout, and the flag written for it
     sock = built(to_socket(take(index, stat.S_IFSOCK), family, type, proto))
-    if type & _SOCK_NONBLOCK and os.get_blocking(sock.fileno()):
-        sock.settimeout(None)
     if timeout is not None and sock.gettimeout() is not None:
         sock.settimeout(timeout)
     return sock

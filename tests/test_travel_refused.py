@@ -65,6 +65,13 @@ class SubSlots(Slots):
     __slots__ = ("other",)
 
 
+class SingleSlot:
+    __slots__ = "log"
+
+    def __init__(self, log: Any) -> None:
+        self.log = log
+
+
 class Plain:
     def __init__(self, log: Any) -> None:
         self.log = log
@@ -120,6 +127,7 @@ def in_a_local_class(log: Any) -> Any:
         (lambda bad: {"jobs": (0, SlottedData(bad))}, "message['jobs'][1].log"),
         (lambda bad: [Slots(bad)], "message[0].log"),
         (lambda bad: [SubSlots(bad)], "message[0].log"),
+        (lambda bad: [SingleSlot(bad)], "message[0].log"),
         (lambda bad: [Plain(bad)], "message[0].log"),
         (lambda bad: Plain(Plain([Plain({"x": bad})])), "message.log.log[0].log['x']"),
         (lambda bad: [[], [[bad]]], "message[1][0][0]"),
@@ -311,7 +319,7 @@ def making(name: str, tmp_path: Path) -> Iterator[Any]:
         ("gzip", "gzip.GzipFile", "a compressed stream .*: send the file below it"),
         ("bz2", "bz2.BZ2File", "a compressed stream .*: send the file below it"),
         ("lzma", "lzma.LZMAFile", "a compressed stream .*: send the file below it"),
-        ("gzip_text", "gzip.GzipFile|_io.TextIOWrapper", "a compressed stream .*: send the file below it"),
+        ("gzip_text", "gzip.GzipFile", "a compressed stream .*: send the file below it"),
         ("zip_member", "zipfile.*ZipExtFile", "send the archive"),
         ("rw_pair", "_io.BufferedRWPair", "it joins two streams: send the two"),
         ("codecs_open", "codecs.StreamReaderWriter", r"use open\(..., encoding=...\)"),
@@ -433,3 +441,41 @@ def test_objects_that_raise_while_looked_at(make: Any, place: str, reason: str) 
     error = refusal([make()])
     assert str(error.path).startswith(place)
     assert re.search(reason, str(error.reason))
+
+
+class BadRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no pickle either")
+
+
+def test_key_whose_repr_fails() -> None:
+    assert "no pickle either" in str(refusal({BadRepr(): 1}).reason)
+    assert "no pickle either" in str(refusal({1: {BadRepr()}}).reason)
+
+
+def test_empty_cell_of_a_closure() -> None:
+    """A name that a function refers to and nobody has set yet."""
+
+    def outer() -> Any:
+        lock = threading.Lock()
+        if False:
+            later = 1
+
+        def function() -> Any:
+            return lock, later
+
+        return function
+
+    assert refusal(outer()).path == "message.lock"
+
+
+def test_place_of_a_private_slot() -> None:
+    assert refusal([Private(threading.Lock())]).path == "message[0]._Private__log"
+
+
+def test_compressed_text_is_named_by_its_compressed_layer(tmp_path: Path) -> None:
+    with making("gzip_text", tmp_path) as text:
+        assert refusal({"x": text}).path == "message['x'].buffer"
