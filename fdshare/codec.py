@@ -81,9 +81,10 @@ class Outgoing:
         for close in consumed:
             try:
                 close()
-            except (
-                Exception
-            ):  # the message is out, so send must not raise; and the others are to be closed as well
+            # The message is out: send must not raise, and the others must be closed.
+            except Exception:  # noqa: BLE001
+                import logging
+
                 logging.getLogger("fdshare").warning("closing what was moved failed", exc_info=True)
         self.failed()
 
