@@ -24,7 +24,10 @@ __all__ = ["Undertaker"]
 logger = logging.getLogger("fdshare.pool")
 
 MAX_STARTUP_DEATHS = 4
-"""So many workers in a row may die before they are ready; then the pool is broken, rather than starting more for ever."""
+"""So many workers in a row may end before they are ready; then the pool is broken, rather than starting more for ever."""
+
+MAX_STARTUP_KILLS = 40
+"""The same where the last one died by a signal: that may be somebody else's doing, such as the system's when memory is short."""
 
 BATCH = 64
 """Most messages taken from one worker before the others are looked at."""
@@ -134,7 +137,7 @@ class Undertaker:
             pool.broken = BrokenProcessPool(
                 "A child process terminated abruptly, the process pool is not usable anymore"
             )
-        elif self._startup_deaths > MAX_STARTUP_DEATHS:
+        elif self._startup_deaths > (MAX_STARTUP_KILLS if (exitcode or 0) < 0 else MAX_STARTUP_DEATHS):
             pool.broken = BrokenProcessPool(
                 f"{self._startup_deaths} workers in a row have died before they were ready, "
                 f"the last one by {manner(exitcode)}; the process pool is not usable anymore"

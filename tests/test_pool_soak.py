@@ -1,0 +1,145 @@
+"""Tasks with descriptors under random deaths, limits and cancellations: every task and every descriptor is accounted for.
+
+Each task has a numbered pipe as argument, notes in a log that it runs, and answers with the pipe's content and a new pipe.  In
+the end each future has exactly one outcome that fits the log: nothing is lost, run twice, or hanging, and no descriptor is left.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fdshare
+from fdshare import FdHandle, ProcessPoolExecutor, TaskTimeoutError, WorkerDiedError
+from fdshare.testing import room_for
+from tests import pool_tasks as tasks
+
+WINDOW = 300
+"""Most tasks under way: each holds a few descriptors."""
+
+
+def work(log: FdHandle, number: int, handle: FdHandle, fate: str) -> Any:
+    os.write(log.fileno(), b"%d\n" % number)
+    log.close()
+    content = tasks.read_handle(handle)
+    if fate == "_exit":
+        os._exit(1)
+    if fate == "raise":
+        raise ValueError(str(number))
+    if fate == "hang":
+        signal.pause()
+    return content, fdshare.move(tasks.pipe_with(content))
+
+
+def soak(count: int, path: Path, seed: int, kills_per_second: float) -> Counter[str]:
+    """Run ``count`` tasks and check each; return how they ended."""
+    draw = random.Random(seed)
+    log = FdHandle(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    over = threading.Event()
+    ended: Counter[str] = Counter()
+    outcomes: dict[int, str] = {}
+    retried: set[int] = set()
+
+    def kill_now_and_then(executor: ProcessPoolExecutor) -> None:
+        chance = random.Random(seed + 1)
+        while not over.wait(chance.expovariate(kills_per_second)):
+            processes = list(executor._processes.values())
+            if processes:
+                process = chance.choice(processes)
+                if process.is_alive():
+                    process.kill()
+
+    def collect(number: int, future: Any) -> None:
+        try:
+            content, handle = future.result(60)
+        except CancelledError:
+            outcomes[number] = "cancelled"
+        except TaskTimeoutError:
+            outcomes[number] = "timed out"
+        except WorkerDiedError:
+            outcomes[number] = "died"
+        except ValueError as error:
+            outcomes[number] = "raised" if str(error) == str(number) else str(error)
+        else:
+            assert content == b"%d" % number == tasks.read_handle(handle)
+            outcomes[number] = "done"
+
+    with log, ProcessPoolExecutor(4, multiprocessing.get_context("forkserver")) as executor:
+        killer = threading.Thread(target=kill_now_and_then, args=(executor,))
+        killer.start()
+        try:
+            under_way: dict[int, Any] = {}
+            for number in range(count):
+                chance = draw.random()
+                fate = (
+                    "_exit"
+                    if chance < 0.005
+                    else "raise"
+                    if chance < 0.02
+                    else "hang"
+                    if chance < 0.022
+                    else ""
+                )
+                retries = int(draw.random() < 0.1)
+                if retries:
+                    retried.add(number)
+                view = executor.options(timeout=0.2 if fate == "hang" else 30.0, retries=retries)
+                handle = tasks.pipe_with(b"%d" % number)
+                if draw.random() < 0.5:
+                    under_way[number] = view.submit(work, log, number, fdshare.move(handle), fate)
+                    assert handle.closed
+                else:
+                    with handle:
+                        under_way[number] = view.submit(work, log, number, handle, fate)
+                if draw.random() < 0.03:
+                    draw.choice(list(under_way.values())).cancel()
+                while len(under_way) >= WINDOW:
+                    oldest = next(iter(under_way))
+                    collect(oldest, under_way.pop(oldest))
+            for number, future in under_way.items():
+                collect(number, future)
+        finally:
+            over.set()
+            killer.join()
+        stats = executor.stats()
+    runs = Counter(map(int, path.read_text().split()))
+    assert sorted(outcomes) == list(range(count))
+    for number, outcome in outcomes.items():
+        most = 2 if number in retried else 1
+        ended[outcome] += 1
+        if outcome == "cancelled":
+            assert runs[number] == 0 or number in retried, number
+        elif outcome == "died":  # in a worker's hands, but perhaps not begun
+            assert runs[number] <= most, number
+        else:
+            assert 1 <= runs[number] <= most, (number, outcome, runs[number])
+    assert (stats.done, stats.cancelled) == (ended["done"], ended["cancelled"])
+    assert stats.failed == count - stats.done - stats.cancelled
+    return ended
+
+
+def test_2000_tasks(tmp_path: Path) -> None:
+    with room_for(4096):
+        ended = soak(2000, tmp_path / "log", seed=7, kills_per_second=20)
+    assert ended["done"] > 1500
+    assert ended["died"]
+    assert ended["raised"]
+
+
+@pytest.mark.soak
+def test_100000_tasks(tmp_path: Path) -> None:
+    with room_for(4096):
+        began = time.monotonic()
+        ended = soak(100_000, tmp_path / "log", seed=11, kills_per_second=30)
+    print(dict(ended), f"in {time.monotonic() - began:.0f} s")  # noqa: T201 -- for whoever runs it with -s
+    assert all(ended[outcome] for outcome in ("done", "died", "raised", "timed out", "cancelled"))
