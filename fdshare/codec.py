@@ -82,7 +82,7 @@ class Outgoing:
             try:
                 close()
             # The message is out: send must not raise, and the others must be closed.
-            except Exception:  # noqa: BLE001
+            except Exception:
                 import logging
 
                 logging.getLogger("fdshare").warning("closing what was moved failed", exc_info=True)

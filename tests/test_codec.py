@@ -398,3 +398,18 @@ def test_threads_encode_at_the_same_time() -> None:
     for thread in threads:
         thread.join(30)
     assert not errors
+
+
+def test_one_failing_close_of_what_was_moved_stops_neither_the_others_nor_the_send(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    closed: list[str] = []
+
+    def fail() -> None:
+        raise OSError("no space left for what was buffered")
+
+    out = Outgoing()
+    out._consumed = [fail, lambda: closed.append("second")]
+    out.sent()
+    assert closed == ["second"]
+    assert "no space left" in caplog.text
