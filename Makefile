@@ -21,6 +21,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 
 BIN = $(VENV)/bin
 PY = $(BIN)/python
+# pip compiles what it installs, but not the checkout; and an environment may keep Python from writing byte code by itself.
+COMPILE = @$(PY) -m compileall -q fdshare integrations
 
 .PHONY: demo test check format bench docs soak clean distclean
 .NOTPARALLEL:
@@ -65,10 +67,12 @@ $(VENV)/.created:
 
 $(VENV)/.installed-base: $(VENV)/.created pyproject.toml
 	$(PY) -m pip install -q --disable-pip-version-check -e .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml
 	$(PY) -m pip install -q --disable-pip-version-check -e '.[$*]'
+	$(COMPILE)
 	@touch $@
 
 clean:
