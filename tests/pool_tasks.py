@@ -255,3 +255,7 @@ def nap(seconds: float, value: Any = None) -> Any:
     """Take a known time: for tests of limits and of the order of long and short tasks."""
     time.sleep(seconds)
     return value
+
+
+def lock_global() -> bool:
+    return bool(_value.acquire(block=False))

@@ -23,11 +23,12 @@ __all__ = ["Undertaker"]
 
 logger = logging.getLogger("fdshare.pool")
 
-MAX_STARTUP_DEATHS = 4
-"""So many workers in a row may end before they are ready; then the pool is broken, rather than starting more for ever."""
+MAX_STARTUP_EXITS = 4
+"""So many workers in a row may exit before they are ready; then the pool is broken, rather than starting more for ever."""
 
-MAX_STARTUP_KILLS = 40
-"""The same where the last one died by a signal: that may be somebody else's doing, such as the system's when memory is short."""
+MAX_STARTUP_DEATHS = 40
+"""The same for all ends: a signal may be somebody else's doing, such as the system's when memory is short.  The fork server
+says 255 where it does not know."""
 
 BATCH = 64
 """Most messages taken from one worker before the others are looked at."""
@@ -44,6 +45,7 @@ class Undertaker:
     _choked: dict[Worker, float]
     _dying: set[Worker]
     _startup_deaths: int
+    _startup_exits: int
 
     def _take_answers(self, worker: Worker, most: int = BATCH) -> bool:
         raise NotImplementedError
@@ -133,11 +135,12 @@ class Undertaker:
             return
         if not worker.ready:
             self._startup_deaths += 1
+            self._startup_exits += exitcode in range(255)
         if not pool.restart and worker.error is None:
             pool.broken = BrokenProcessPool(
                 "A child process terminated abruptly, the process pool is not usable anymore"
             )
-        elif self._startup_deaths > (MAX_STARTUP_KILLS if (exitcode or 0) < 0 else MAX_STARTUP_DEATHS):
+        elif self._startup_exits > MAX_STARTUP_EXITS or self._startup_deaths > MAX_STARTUP_DEATHS:
             pool.broken = BrokenProcessPool(
                 f"{self._startup_deaths} workers in a row have died before they were ready, "
                 f"the last one by {manner(exitcode)}; the process pool is not usable anymore"

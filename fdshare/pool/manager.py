@@ -61,7 +61,7 @@ class Manager(Undertaker, threading.Thread):
         self._poller.register(self._wake_reader.fileno(), None)
         self._choked: dict[Worker, float] = {}  # whose answers do not fit into this process, and since when
         self._dying: set[Worker] = set()  # dead, and choked
-        self._startup_deaths = 0
+        self._startup_deaths = self._startup_exits = 0
 
     # --- called by any thread ---------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class Manager(Undertaker, threading.Thread):
         if kind == READY:
             worker.ready = True
             worker.since = time.monotonic()
-            self._startup_deaths = 0
+            self._startup_deaths = self._startup_exits = 0
             return
         worker.leaving = worker.leaves = True
         try:

@@ -1,0 +1,239 @@
+"""What the standard executor does, done alike: run against both where that makes sense, so that neither drifts."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gc
+import multiprocessing
+import operator
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fdshare
+from tests import pool_tasks as tasks
+from tests.helpers import METHODS
+
+TIMEOUT = 30
+
+Factory = Callable[..., Any]
+
+
+def strict(*args: Any, **keywords: Any) -> Any:
+    """The pool in its standard mode."""
+    return fdshare.ProcessPoolExecutor(*args, restart_workers=False, **keywords)
+
+
+EXECUTORS = {
+    "standard": concurrent.futures.ProcessPoolExecutor,
+    "fdshare": fdshare.ProcessPoolExecutor,
+    "fdshare_strict": strict,
+}
+
+every = pytest.mark.parametrize("make", EXECUTORS.values(), ids=EXECUTORS)
+breakable = pytest.mark.parametrize(
+    "make", [EXECUTORS["standard"], EXECUTORS["fdshare_strict"]], ids=["standard", "fdshare_strict"]
+)
+
+
+@every
+@pytest.mark.parametrize(
+    ("keywords", "error"),
+    [
+        ({"max_workers": 0}, ValueError),
+        ({"max_workers": -1}, ValueError),
+        ({"initializer": 5}, TypeError),
+        ({"max_tasks_per_child": "x"}, TypeError),
+        ({"max_tasks_per_child": 0}, ValueError),
+        ({"max_tasks_per_child": 1, "mp_context": multiprocessing.get_context("fork")}, ValueError),
+    ],
+)
+def test_arguments_are_checked(make: Factory, keywords: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        make(**keywords)
+
+
+@every
+@pytest.mark.parametrize("method", METHODS)
+def test_initializer_runs_in_each_worker(make: Factory, method: str) -> None:
+    context = multiprocessing.get_context(method)
+    with make(2, context, initializer=tasks.set_global, initargs=("set",)) as executor:
+        assert [executor.submit(tasks.get_global).result(TIMEOUT) for _ in range(6)] == ["set"] * 6
+
+
+@every
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_initializer_that_fails_breaks_the_pool(make: Factory) -> None:
+    with make(1, initializer=tasks.failing_initializer, initargs=("x",)) as executor:
+        with pytest.raises(BrokenProcessPool):
+            executor.submit(operator.neg, 1).result(TIMEOUT)
+        with pytest.raises(BrokenProcessPool):
+            executor.submit(operator.neg, 1)
+
+
+@every
+def test_initializer_gets_what_only_inheritance_carries(make: Factory) -> None:
+    context = multiprocessing.get_context("spawn")
+    lock = context.Lock()
+    with make(1, context, initializer=tasks.set_global, initargs=(lock,)) as executor:
+        assert executor.submit(tasks.lock_global).result(TIMEOUT)
+        assert not lock.acquire(block=False)
+
+
+def test_initializer_may_be_a_lambda_under_spawn() -> None:
+    with fdshare.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=lambda: tasks.set_global(8)
+    ) as executor:
+        assert executor.submit(tasks.get_global).result(TIMEOUT) == 8
+
+
+@pytest.mark.parametrize(
+    "make", [EXECUTORS["fdshare"], strict], ids=["fdshare", "fdshare_strict"]
+)  # gh-115634
+@pytest.mark.parametrize("most", [1, 3])
+def test_max_tasks_per_child(make: Factory, most: int) -> None:
+    with make(1, multiprocessing.get_context("forkserver"), max_tasks_per_child=most) as executor:
+        pids = [future.result(TIMEOUT) for future in [executor.submit(tasks.pid) for _ in range(6)]]
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [most] * (6 // most)
+
+
+@every
+def test_after_shutdown_nothing_is_taken(make: Factory) -> None:
+    executor = make(1)
+    future = executor.submit(operator.neg, 1)
+    executor.shutdown()
+    assert future.result(0) == -1
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        executor.submit(operator.neg, 1)
+    executor.shutdown()
+
+
+@every
+def test_shutdown_cancels_futures(make: Factory) -> None:
+    executor = make(1)
+    futures = [executor.submit(tasks.nap, 0.02, i) for i in range(40)]
+    executor.shutdown(cancel_futures=True)
+    cancelled = sum(future.cancelled() for future in futures)
+    assert 20 < cancelled < 40
+    assert all(future.done() for future in futures)
+    with pytest.raises(CancelledError):
+        futures[-1].result()
+
+
+@every
+def test_wait_and_as_completed(make: Factory) -> None:
+    with make(2) as executor:
+        futures = [executor.submit(operator.neg, i) for i in range(20)]
+        done, rest = concurrent.futures.wait(futures, TIMEOUT)
+        assert (len(done), len(rest)) == (20, 0)
+        futures = [executor.submit(operator.neg, i) for i in range(20)]
+        assert {future.result() for future in concurrent.futures.as_completed(futures, TIMEOUT)} == set(
+            range(0, -20, -1)
+        )
+
+
+def test_wait_sees_cancelled_futures() -> None:
+    with fdshare.ProcessPoolExecutor(1) as executor:
+        futures = [executor.submit(tasks.nap, 0.01) for _ in range(10)]
+        assert futures[-1].cancel()
+        assert not concurrent.futures.wait(futures, TIMEOUT).not_done
+
+
+@every
+@pytest.mark.parametrize("chunksize", [1, 4])
+def test_map_raises_at_the_place_of_the_error(make: Factory, chunksize: int) -> None:
+    with make(2) as executor:
+        results = executor.map(operator.floordiv, [12] * 8, [1, 2, 3, 4, 0, 1, 1, 1], chunksize=chunksize)
+        assert [next(results) for _ in range(4)] == [12, 6, 4, 3]
+        with pytest.raises(ZeroDivisionError) as caught:
+            next(results)
+        assert "RemoteTraceback" in type(caught.value.__cause__).__name__
+        with pytest.raises(StopIteration):
+            next(results)
+
+
+@every
+def test_map_checks_chunksize(make: Factory) -> None:
+    with make(1) as executor, pytest.raises(ValueError, match="chunksize"):
+        executor.map(operator.neg, [1], chunksize=0)
+
+
+@every
+def test_collected_executor_ends_by_itself(make: Factory) -> None:
+    executor = make(1)
+    future = executor.submit(operator.neg, 1)
+    thread = executor._executor_manager_thread
+    gone = weakref.ref(executor)
+    del executor
+    gc.collect()
+    assert gone() is None
+    assert future.result(TIMEOUT) == -1
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+
+
+@breakable
+def test_death_breaks_the_pool(make: Factory) -> None:
+    with make(1) as executor:
+        futures = [
+            executor.submit(tasks.crash, "_exit"),
+            *(executor.submit(operator.neg, 1) for _ in range(5)),
+        ]
+        for future in futures:
+            with pytest.raises(BrokenProcessPool):
+                future.result(TIMEOUT)
+        with pytest.raises(BrokenProcessPool):
+            executor.submit(operator.neg, 1)
+
+
+@breakable
+@pytest.mark.parametrize("cls", [tasks.RefusesToUnpickle, tasks.ExitsAtUnpickle])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_argument_that_cannot_be_rebuilt_breaks_the_pool(make: Factory, cls: type) -> None:
+    with make(1) as executor, pytest.raises(BrokenProcessPool):
+        executor.submit(operator.truth, cls()).result(TIMEOUT)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("library", ["concurrent.futures", "fdshare"])
+def test_interpreter_that_exits_finishes_its_tasks(library: str, method: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import multiprocessing, {library}\n"
+        "from tests import pool_tasks as tasks\n"
+        "if __name__ == '__main__':\n"
+        f"    pool = {library}.ProcessPoolExecutor(1, multiprocessing.get_context({method!r}))\n"
+        "    for i in range(5):\n"
+        f"        pool.submit(tasks.log_run, {str(tmp_path / 'log')!r}, i)\n"
+        "    pool.shutdown(wait=False)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    run = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (tmp_path / "log").read_text().split() == ["0", "1", "2", "3", "4"]
+
+
+def test_asyncio_awaits_its_futures() -> None:
+    import asyncio
+
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        with fdshare.ProcessPoolExecutor(2) as executor:
+            return await asyncio.gather(*(loop.run_in_executor(executor, operator.neg, i) for i in range(10)))
+
+    assert asyncio.run(main()) == [-i for i in range(10)]
