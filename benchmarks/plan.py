@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.cases import arrays, descriptors, importing, small, waiting
+from benchmarks.cases import arrays, descriptors, importing, pools, small, waiting
 from benchmarks.model import Case, Target
 
 __all__ = ["CASES", "select"]
@@ -16,6 +16,10 @@ MIB = 1024 * KIB
 MP = "multiprocessing"
 
 ARRAY_PEERS = ("fdshare", MP, "send_bytes", "SharedMemory", "memcpy")
+
+STANDARD_POOL = "concurrent.futures"
+
+POOL_PEERS = ("fdshare", STANDARD_POOL, "multiprocessing.Pool", "loky", "mpire")
 
 CASES: tuple[Case, ...] = (
     Case(
@@ -67,6 +71,33 @@ CASES: tuple[Case, ...] = (
             ("fdshare", MP, "selectors"), MP,
         )
         for count in (10, 100, 1000, 10000)
+    ),
+    Case(
+        "pool-tasks", "task of map, 2 workers", "Process pools", pools.run_tasks, POOL_PEERS, STANDARD_POOL,
+        Target("faster", 4),
+    ),
+    Case(
+        "pool-latency", "submit to result", "Process pools", pools.run_latency, POOL_PEERS, STANDARD_POOL,
+        Target("faster", 5),
+    ),
+    Case(
+        "pool-argument", "array of 16 MiB as argument", "Process pools",
+        partial(pools.run_argument, size=16 * MIB), POOL_PEERS, STANDARD_POOL, Target("faster", 4),
+    ),
+    Case(
+        "pool-result", "array of 16 MiB as result", "Process pools",
+        partial(pools.run_result, size=16 * MIB), POOL_PEERS, STANDARD_POOL, Target("faster", 4),
+    ),
+    Case(
+        "pool-socket", "socket as argument", "Process pools", pools.run_socket,
+        ("fdshare", STANDARD_POOL, "multiprocessing.Pool"), STANDARD_POOL,
+    ),
+    *(
+        Case(
+            f"pool-start-{workers}", f"constructor to first result, workers: {workers}", "Process pools",
+            partial(pools.run_start, workers=workers), POOL_PEERS, STANDARD_POOL,
+        )
+        for workers in (1, 4, 16)
     ),
     Case(
         "import", "import (against multiprocessing, attrs)", "Import", importing.run_import,
