@@ -12,7 +12,7 @@ The protocol, on an AF_UNIX stream in a directory of mode 0700; both sides ask t
 =========================== =========================================================================================
 the receiver sends          TOKEN_SIZE bytes of token
 the broker answers          one byte: GIVEN (with the descriptors), BUNDLED (with a bundle of them), UNKNOWN, DENIED, BUSY
-the receiver closes         it has them; then the broker closes its own
+the receiver closes         it has them; by then at the latest the broker closes its own
 =========================== =========================================================================================
 
 A token is spent once its descriptors are with the kernel.  What nobody fetches is closed when its lease ends.  Thread,
@@ -72,6 +72,12 @@ MAX_PEERS = 256
 ACCEPT_PAUSE = 0.05
 """Seconds without accepting after the descriptor limit was met there."""
 
+ACCEPT_BATCH = 64
+"""Most peers accepted in a row, so that a crowd at the door does not keep those inside waiting."""
+
+KEEPS_IN_FLIGHT = sys.platform.startswith("linux")
+"""Whether descriptors in flight survive their sender's close; macOS may drop them, so there the receiver closes first."""
+
 TOKEN_SIZE = 16
 """Bytes: 128 bits, which nobody guesses."""
 
@@ -93,7 +99,7 @@ class _Peer:
     deadline: float
     token: bytes = b""
     handles: HandleList | None = None
-    """What it was given; closed when it has closed, since a system may drop what its sender closes in flight (macOS)."""
+    """What it was given, see KEEPS_IN_FLIGHT."""
 
     def close(self) -> None:
         self.sock.close()
@@ -283,32 +289,40 @@ class Broker:
             with contextlib.suppress(BlockingIOError):
                 self._wakers[0].recv(4096)
         elif fd in self._peers:
-            try:
-                done = self._attend(self._peers[fd])
-            except OSError:  # it has gone
-                done = True
-            if done:
-                self._drop(poll, fd)
+            self._on_peer(poll, fd)
 
     def _accept(self, poll: select.poll) -> None:
         assert self._listener is not None
         try:
-            while True:
+            for _ in range(ACCEPT_BATCH):
                 sock, _ = self._listener.accept()
-                peer = self._peers[sock.fileno()] = _Peer(sock, self.clock() + PEER_DEADLINE)
+                fd = sock.fileno()
+                self._peers[fd] = _Peer(sock, self.clock() + PEER_DEADLINE)
                 sock.setblocking(False)
-                poll.register(sock, select.POLLIN)
+                poll.register(fd, select.POLLIN)
+                self._on_peer(poll, fd, new=True)
                 if len(self._peers) > MAX_PEERS:
                     self._drop(poll, next(iter(self._peers)))
-                if peer_credentials(sock).uid != os.geteuid():
-                    with contextlib.suppress(OSError):
-                        peer.sock.send(DENIED)
-                    self._drop(poll, sock.fileno())
         except BlockingIOError:
             pass
         except OSError:  # no descriptor left, most likely: they wait in the backlog
             self._accept_again = self.clock() + ACCEPT_PAUSE
             poll.unregister(self._listener)
+
+    def _on_peer(self, poll: select.poll, fd: int, *, new: bool = False) -> None:
+        peer = self._peers[fd]
+        try:
+            if new and peer_credentials(peer.sock).uid != os.geteuid():
+                peer.sock.send(DENIED)
+                done = True
+            else:
+                done = self._attend(peer)
+        except BlockingIOError:  # new, and its token is on the way still
+            done = False
+        except OSError:  # it has gone
+            done = True
+        if done:
+            self._drop(poll, fd)
 
     def _attend(self, peer: _Peer) -> bool:
         """Go on with a peer from which there is something to read; return whether it is done with."""
@@ -318,6 +332,7 @@ class Broker:
         peer.token += data
         if len(peer.token) == TOKEN_SIZE:
             self._answer(peer)
+            return KEEPS_IN_FLIGHT
         return False
 
     def _answer(self, peer: _Peer) -> None:

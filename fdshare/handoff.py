@@ -50,7 +50,8 @@ def fetch(address: str, token: bytes, count: int, *, timeout: float | None = Non
         if handles is None:
             raise _expired("")
         return handles
-    if not rights.has_room_for(min(count, MAX_FDS_PER_PACKET) + 2):
+    room = min(count, MAX_FDS_PER_PACKET) + 2  # the connection, and a directory where its path is long
+    if not rights.has_room_for(room):
         raise rights.limit_error(count)
     timeout = broker.current().lease if timeout is None else timeout
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
