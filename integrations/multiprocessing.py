@@ -20,12 +20,14 @@ import copyreg
 import functools
 import importlib.abc
 import os
+import pickle
 import sys
 import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
-from multiprocessing import connection, process, reduction
+from itertools import islice
+from multiprocessing import connection, process, queues, reduction
 from multiprocessing.context import get_spawning_popen
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -50,7 +52,8 @@ def install(*, lease: float | None = None) -> None:
     """Make stock pools carry files, sockets, pipes, Connections, Channels, FdHandles and registered types, both ways.
 
     Call it before the pool is made, and after ``fdshare.register``; a second call takes in what was registered
-    meanwhile.  What is passed must stay open until the pool has pickled it, which is later than ``submit`` returns.
+    meanwhile.  What is passed must stay open until the pool has pickled it, which is later than ``submit`` returns;
+    ``Queue.put`` alone pickles at once.
 
     Args:
         lease: seconds that a descriptor waits for the worker to unpickle it, in workers too; None leaves it as it is
@@ -69,6 +72,8 @@ def install(*, lease: float | None = None) -> None:
         for cls in _types:
             _enter(copyreg.dispatch_table, cls, _reduce)
         _override(reduction.ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
+        for queue in (queues.Queue, queues.JoinableQueue):
+            _attend_queue(queue)
         _set(process.current_process()._config, _KEY, _Bootstrap())  # type: ignore[attr-defined]
         watcher = _Watcher()
         sys.meta_path.insert(0, watcher)
@@ -180,6 +185,47 @@ def start_installed(lease: float) -> _Bootstrap:
     """Install in a process that multiprocessing is starting; never raises for a lease that was valid."""
     _install_quietly(lease)
     return _Bootstrap()
+
+
+# --- queues -------------------------------------------------------------------------------------------------------------------
+
+_SCANNED = 100
+"""Most items of each container that are looked at before it is put into a queue, three containers deep."""
+
+
+class _Pickled:
+    """What was pickled already: a pickle inside the pickle."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self.data,)
+
+
+def _attend_queue(cls: Any) -> None:
+    """Let ``put`` pickle what holds descriptors at once: its thread would find them closed, and lose the item without a word."""
+    original = cls.put
+
+    @functools.wraps(original)
+    def put(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is not cls or not _holds_ours(obj, 3):  # the pools' own queues are subclasses
+            original(self, obj, *args, **kwargs)
+            return
+        with handoff.attempts():
+            data = bytes(reduction.ForkingPickler.dumps(obj))
+            original(self, _Pickled(data), *args, **kwargs)
+
+    cls.put = put
+    _undo.append(lambda: setattr(cls, "put", original))
+
+
+def _holds_ours(obj: Any, depth: int) -> bool:
+    cls = type(obj)
+    if cls in (list, tuple, set, frozenset, dict):
+        items = obj.values() if cls is dict else obj
+        return depth > 0 and any(_holds_ours(item, depth - 1) for item in islice(items, _SCANNED))
+    return cls in _types
 
 
 # --- neighbours, once they are loaded ---------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from multiprocessing import reduction
+from multiprocessing import queues, reduction
 from pathlib import Path
+from queue import Full
 from typing import Any
 
 import pytest
@@ -36,10 +37,39 @@ def installation() -> Iterator[None]:
 
 def answer(queue: Any, objects: list[Any], kinds: list[str]) -> None:
     for obj, kind in zip(objects, kinds, strict=True):
-        queue.put(make(kind, read(obj) + 1))
+        with make(kind, read(obj) + 1) as result:
+            queue.put(result)
     if hasattr(queue, "join_thread"):
         queue.close()
         queue.join_thread()
+
+
+@pytest.mark.parametrize("queue_type", ["Queue", "JoinableQueue"])
+def test_what_was_put_may_be_closed_at_once(queue_type: str) -> None:
+    queue = getattr(multiprocessing.get_context("spawn"), queue_type)(8)
+    for kind in KINDS:
+        with make(kind, 7) as obj:
+            queue.put({"in": [(obj, 1)]})
+        assert read(queue.get(timeout=TIMEOUT)["in"][0][0]) == 7
+    queue.put([1, 2.5, None])
+    assert queue.get(timeout=TIMEOUT) == [1, 2.5, None]
+    with make("text", 7) as closed:
+        pass
+    with pytest.raises(fdshare.NotSendableError, match="closed"):
+        queue.put(closed)
+    queue.close()
+    queue.join_thread()
+
+
+def test_full_queue_keeps_no_deposit() -> None:
+    queue: Any = multiprocessing.get_context("spawn").Queue(1)
+    queue.put(1)
+    with make("text", 7) as file, pytest.raises(Full):
+        queue.put(file, timeout=0.01)
+    assert len(broker.current()) == 0
+    assert queue.get(timeout=TIMEOUT) == 1
+    queue.close()
+    queue.join_thread()
 
 
 @pytest.mark.parametrize("queue_type", ["Queue", "SimpleQueue", "JoinableQueue"])
@@ -125,7 +155,7 @@ def tables() -> list[Any]:
         if name in sys.modules:
             found.append(sys.modules[name]._dispatch_table)
     found = [dict(table) for table in found]
-    found.append(list(sys.meta_path))
+    found.append([list(sys.meta_path), queues.Queue.put, queues.JoinableQueue.put])
     if "distributed.batched" in sys.modules:
         found.append(sys.modules["distributed.protocol.pickle"].dumps)
         found.append(sys.modules["distributed.batched"].BatchedSend.__init__)
