@@ -39,9 +39,15 @@ def _directory() -> str:
         found = os.lstat(path)
     except FileNotFoundError:  # removed by its last user just now
         return _directory()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+    if _is_ours(found):
+        if found.st_mode & 0o077:  # somebody has opened it; nobody else can replace what is ours
+            os.chmod(path, 0o700)
         return path
     return mkdtemp(prefix=_PREFIX, dir=base)  # somebody else was here first
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 @contextlib.contextmanager
@@ -84,11 +90,19 @@ def remove(path: str) -> None:
         os.unlink(path)
     except OSError:
         pass
-    _sweep(directory)
-    try:
-        os.rmdir(directory)
-    except OSError:
-        pass
+    directories = {directory}
+    base, name = os.path.split(directory)
+    if name != f"{_PREFIX}{os.geteuid()}":  # one of several: those of killed processes lie beside it
+        with contextlib.suppress(OSError), os.scandir(base) as entries:
+            directories |= {
+                entry.path
+                for entry in entries
+                if entry.name.startswith(_PREFIX) and _is_ours(entry.stat(follow_symlinks=False))
+            }
+    for directory in directories:
+        _sweep(directory)
+        with contextlib.suppress(OSError):  # somebody else uses it
+            os.rmdir(directory)
 
 
 def _sweep(directory: str) -> None:

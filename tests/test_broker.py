@@ -445,15 +445,17 @@ def test_directory_is_private() -> None:
     assert directory.st_uid == os.geteuid()
 
 
-@pytest.mark.parametrize("squatter", ["open directory", "link", "file"])
+@pytest.mark.parametrize(
+    "squatter", [pytest.param("directory of another user", marks=needs_root), "link", "file"]
+)
 def test_squatted_directory_is_not_used(
     squatter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     name = tmp_path / f"fdshare-{os.geteuid()}"
-    if squatter == "open directory":
-        name.mkdir()
-        name.chmod(0o777)
+    if squatter == "directory of another user":
+        name.mkdir(0o700)
+        os.chown(name, 65534, 65534)
     elif squatter == "link":
         (tmp_path / "elsewhere").mkdir(0o700)
         name.symlink_to(tmp_path / "elsewhere")
@@ -464,8 +466,22 @@ def test_squatted_directory_is_not_used(
     assert directory != name
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert in_child(spend, address, token, count) == 7
+    killed = tmp_path / "fdshare-left"
+    killed.mkdir(0o700)
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(killed / "1073741824-00"))  # a pid beyond any system's
     broker.shutdown()
     assert not directory.exists()
+    assert not killed.exists()
+
+
+def test_directory_that_was_opened_is_closed_again(tmp_path: Path) -> None:
+    name = tmp_path / f"fdshare-{os.geteuid()}"
+    name.mkdir()
+    name.chmod(0o777)
+    address, *_ = ticket(7)
+    assert Path(address).parent == name
+    assert stat.S_IMODE(name.stat().st_mode) == 0o700
 
 
 def test_long_path_of_the_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
