@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import threading
 import time
 from collections import Counter
 from concurrent.futures import CancelledError
@@ -41,23 +40,13 @@ def work(log: FdHandle, number: int, handle: FdHandle, fate: str) -> Any:
     return content, fdshare.move(tasks.pipe_with(content))
 
 
-def soak(count: int, path: Path, seed: int, kills_per_second: float) -> Counter[str]:
-    """Run ``count`` tasks and check each; return how they ended."""
+def soak(count: int, path: Path, seed: int, kills: float) -> Counter[str]:
+    """Run ``count`` tasks, kill a worker for every ``1 / kills`` of them, and check each task; return how they ended."""
     draw = random.Random(seed)
     log = FdHandle(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    over = threading.Event()
     ended: Counter[str] = Counter()
     outcomes: dict[int, str] = {}
     retried: set[int] = set()
-
-    def kill_now_and_then(executor: ProcessPoolExecutor) -> None:
-        chance = random.Random(seed + 1)
-        while not over.wait(chance.expovariate(kills_per_second)):
-            processes = list(executor._processes.values())
-            if processes:
-                process = chance.choice(processes)
-                if process.is_alive():
-                    process.kill()
 
     def collect(number: int, future: Any) -> None:
         try:
@@ -77,42 +66,32 @@ def soak(count: int, path: Path, seed: int, kills_per_second: float) -> Counter[
             outcomes[number] = "done"
 
     with log, ProcessPoolExecutor(4, multiprocessing.get_context("forkserver")) as executor:
-        killer = threading.Thread(target=kill_now_and_then, args=(executor,))
-        killer.start()
-        try:
-            under_way: dict[int, Any] = {}
-            for number in range(count):
-                chance = draw.random()
-                fate = (
-                    "_exit"
-                    if chance < 0.005
-                    else "raise"
-                    if chance < 0.02
-                    else "hang"
-                    if chance < 0.022
-                    else ""
-                )
-                retries = int(draw.random() < 0.1)
-                if retries:
-                    retried.add(number)
-                view = executor.options(timeout=0.2 if fate == "hang" else 30.0, retries=retries)
-                handle = tasks.pipe_with(b"%d" % number)
-                if draw.random() < 0.5:
-                    under_way[number] = view.submit(work, log, number, fdshare.move(handle), fate)
-                    assert handle.closed
-                else:
-                    with handle:
-                        under_way[number] = view.submit(work, log, number, handle, fate)
-                if draw.random() < 0.03:
-                    draw.choice(list(under_way.values())).cancel()
-                while len(under_way) >= WINDOW:
-                    oldest = next(iter(under_way))
-                    collect(oldest, under_way.pop(oldest))
-            for number, future in under_way.items():
-                collect(number, future)
-        finally:
-            over.set()
-            killer.join()
+        under_way: dict[int, Any] = {}
+        for number in range(count):
+            chance = draw.random()
+            fate = (
+                "_exit" if chance < 0.005 else "raise" if chance < 0.02 else "hang" if chance < 0.022 else ""
+            )
+            retries = int(draw.random() < 0.1)
+            if retries:
+                retried.add(number)
+            view = executor.options(timeout=0.2 if fate == "hang" else 30.0, retries=retries)
+            handle = tasks.pipe_with(b"%d" % number)
+            if draw.random() < 0.5:
+                under_way[number] = view.submit(work, log, number, fdshare.move(handle), fate)
+                assert handle.closed
+            else:
+                with handle:
+                    under_way[number] = view.submit(work, log, number, handle, fate)
+            if draw.random() < kills and (processes := list(executor._processes.values())):
+                draw.choice(processes).kill()  # in whatever it is doing
+            if draw.random() < 0.03:
+                draw.choice(list(under_way.values())).cancel()
+            while len(under_way) >= WINDOW:
+                oldest = next(iter(under_way))
+                collect(oldest, under_way.pop(oldest))
+        for number, future in under_way.items():
+            collect(number, future)
         stats = executor.stats()
     runs = Counter(map(int, path.read_text().split()))
     assert sorted(outcomes) == list(range(count))
@@ -132,7 +111,7 @@ def soak(count: int, path: Path, seed: int, kills_per_second: float) -> Counter[
 
 def test_2000_tasks(tmp_path: Path) -> None:
     with room_for(4096):
-        ended = soak(2000, tmp_path / "log", seed=7, kills_per_second=20)
+        ended = soak(2000, tmp_path / "log", seed=7, kills=0.01)
     assert ended["done"] > 1500
     assert ended["died"]
     assert ended["raised"]
@@ -142,6 +121,6 @@ def test_2000_tasks(tmp_path: Path) -> None:
 def test_100000_tasks(tmp_path: Path) -> None:
     with room_for(4096):
         began = time.monotonic()
-        ended = soak(100_000, tmp_path / "log", seed=11, kills_per_second=10)
+        ended = soak(100_000, tmp_path / "log", seed=11, kills=0.01)
     print(dict(ended), f"in {time.monotonic() - began:.0f} s")  # noqa: T201 -- for whoever runs it with -s
     assert all(ended[outcome] for outcome in ("done", "died", "raised", "timed out", "cancelled"))

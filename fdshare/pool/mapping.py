@@ -187,16 +187,19 @@ def _results(slots: deque[Slot], deadline: float | None, refill: Callable[[], No
         while slots:
             if refill is not None:
                 refill()
-            slot = slots.popleft()
-            try:
-                value = slot.result(deadline)
-            finally:
-                slot.cancel()  # where the time was up
-            yield value
-            del value
+            yield _taken(
+                slots.popleft(), deadline
+            )  # kept by no name here, so that it is freed when the caller drops it
     finally:
         for slot in slots:
             slot.cancel()
+
+
+def _taken(slot: Slot, deadline: float | None) -> Any:
+    try:
+        return slot.result(deadline)
+    finally:
+        slot.cancel()  # where the time was up
 
 
 def _flattened(results: Iterator[list[Any]]) -> Iterator[Any]:
