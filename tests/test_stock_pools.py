@@ -76,7 +76,7 @@ def dask_pool(method: str) -> Iterator[Call]:
     with (
         dask.config.set({"distributed.worker.multiprocessing-method": method}),
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, dashboard_address=None, memory_limit=None
+            n_workers=1, threads_per_worker=1, dashboard_address=":0", memory_limit=None
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
