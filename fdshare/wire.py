@@ -55,10 +55,10 @@ PICKLE_MARK = 0x80
 _LAYOUT = struct.Struct("<BBHIIIQQQ")
 HEADER_SIZE = _LAYOUT.size
 
-MAX_INLINE = 128 * 1024
+MAX_INLINE = 120 * 1024
 """Largest payload in a packet, bytes; larger ones go to a segment.  Measured: up to here a copy through the socket takes
-20 us where a segment takes 100, and a receive buffer of this size still costs a small message nothing.  The default
-SO_SNDBUF of Linux (212,992) is a packet's hard limit."""
+20 us where a segment takes 100, and a receive buffer of this size still costs a small message nothing: malloc maps afresh what
+is 128 KiB or more.  The default SO_SNDBUF of Linux (212,992) is a packet's hard limit."""
 
 ALWAYS_INLINE = 64 * 1024
 """Payloads up to this size, bytes, wait for room in the socket; a larger one goes inline into an empty queue only, so that it

@@ -394,7 +394,8 @@ def test_idle_pool_uses_no_cpu() -> None:
 
         before = cpu()
         threading.Event().wait(0.3)  # the time over which nothing must happen
-        assert cpu() == before
+        # What the last task left to do may be booked late; anything that ticks would come to dozens.
+        assert all(now - then <= 2 for now, then in zip(cpu(), before, strict=True))
 
 
 def test_progress_needs_rich_or_draws(forked: ProcessPoolExecutor) -> None:
