@@ -233,10 +233,12 @@ else:
             function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
             _libc_mmap = function
 
-    def _map_private(fd: int, size: int) -> mmap.mmap:
-        import ctypes
-
-        prepare_to_map()
+    def _map_private(fd: int, size: int) -> mmap.mmap | memoryview:
+        try:
+            prepare_to_map()
+            import ctypes
+        except ImportError:  # out of reach, as after a change of root or user: the same, more slowly
+            return _read(fd, size)
         mapping = mmap.mmap(-1, size, flags=_ANONYMOUS)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         flags = mmap.MAP_PRIVATE | _MAP_FIXED

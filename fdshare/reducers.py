@@ -111,7 +111,10 @@ def take(index: int, expected_format: int) -> FdHandle:
     else:
         message.given[index] = True
         handle = message.handles[index]
-    handle.verify(expected_format)
+    if format_of(number) == expected_format:
+        handle._format = expected_format
+    else:
+        handle.verify(expected_format)
     return handle
 
 
@@ -221,11 +224,12 @@ def lend(obj: Any, context: Context, fd: int) -> tuple[int, int]:
 
 
 def reduce_handle(handle: FdHandle, context: Context) -> Reduced:
-    if handle.closed:
+    fd, format = handle._fd, handle._format  # not by their properties: a message may have thousands
+    if fd < 0:
         raise Refused(handle, "it is closed or was consumed")
     if context.moving:
         context.consume(handle.close)
-    return take, (context.lend(handle.fileno(), handle), handle.format)
+    return take, (context.lend(fd, handle), format if format >= 0 else handle.format)
 
 
 class Mark:

@@ -375,7 +375,8 @@ class Transport:
             try:
                 memory.prepare_to_map()
             except (OSError, ImportError) as error:
-                raise rights.limit_error(header.total) from error
+                if not rights.has_room_for_one():
+                    raise rights.limit_error(header.total) from error
 
     def _check_room(self, peeked: Arrived, header: wire.Header) -> None:
         """Raise FdLimitError where the descriptors of a peeked packet do not fit into this process."""

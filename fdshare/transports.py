@@ -205,7 +205,9 @@ class SeqpacketTransport(Transport):
 
 def _has_sure_room(header: wire.Header) -> bool:
     return rights.is_top_free(header.carried) and (
-        not header.flags & wire.BUNDLE or rights.has_room_for(1 + header.total)
+        not header.flags & wire.BUNDLE
+        or rights.is_top_free(1 + header.total)
+        or rights.has_room_for(1 + header.total)
     )
 
 
