@@ -53,28 +53,6 @@ class Outgoing:
     _consumed: list[Callable[[], object]] = attrs.field(factory=list)
     _temporaries: list[FdHandle] = attrs.field(factory=list)
 
-    def hold(self) -> None:
-        """Duplicate the borrowed descriptors and copy the buffers, so that the message can wait to be sent.
-
-        Raises:
-            OSError: no descriptor left; nothing was duplicated.
-        """
-        held: list[FdHandle] = []
-        try:
-            for fd in self.fds:
-                held.append(FdHandle.dup(fd))
-        except BaseException:
-            for handle in held:
-                handle.close()
-            raise
-        self._close_temporaries()
-        self._temporaries = held
-        self.fds = [handle.fileno() for handle in held]
-        self.buffers = [
-            memoryview(bytes(b)) if b.readonly else memoryview(bytearray(b)) for b in self.buffers
-        ]
-        self._owners.clear()
-
     def sent(self) -> None:
         """The kernel has it: close what was moved."""
         consumed, self._consumed = self._consumed, []

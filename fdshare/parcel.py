@@ -96,7 +96,8 @@ def seal(message: bytes | Outgoing, tag: int) -> Message:
     except BaseException:
         handles.close()
         raise
-    return Parcel(header, payload, handles)
+    # A large buffer in the pickle is still the caller's memory, who may change it while the parcel waits.
+    return Parcel(header, [piece if type(piece) is bytes else bytes(piece) for piece in payload], handles)
 
 
 def tag_of(message: Message) -> int:

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fdshare
+from fdshare import parcel
 from fdshare.codec import INLINE_BUFFER, Incoming, Outgoing, PickleCodec
 from fdshare.errors import DecodeError, FdShareError, NotSendableError
 from fdshare.handle import FdHandle, move
@@ -134,20 +136,21 @@ def test_encoding_changes_nothing() -> None:
         assert not handle.closed
 
 
-def test_held_message_outlives_its_owners() -> None:
-    """``hold`` duplicates descriptors and copies buffers: the sender may close and change what it sent."""
-    handle, data = numbered_handle(9), bytearray(b"a" * MAX_INLINE)
-    buffer = pickle.PickleBuffer(data)
-    encoded = codec.encode((handle, buffer))
-    assert isinstance(encoded, Outgoing)
-    encoded.hold()
+@pytest.mark.parametrize("size", [100, 80_000, INLINE_BUFFER - 1, 2 * MAX_INLINE])
+def test_sealed_message_is_a_copy(size: int) -> None:
+    """A parcel waits: its sender may close and change what it sent."""
+    handle, data = numbered_handle(9), bytearray(b"a" * size)
+    sealed = parcel.seal(codec.encode((handle, pickle.PickleBuffer(data))), 1)
     handle.close()
-    data[:] = b"b" * MAX_INLINE
-    message = arrived(encoded)
-    encoded.sent()
-    received, content = codec.decode(message)
+    data[:] = b"b" * size
+    here, there = fdshare.Pipe()
+    with here, there:
+        parcel.send(here, sealed)
+        received, content = there.recv(timeout=10)
     assert read_number(received) == 9
-    assert bytes(content) == b"a" * MAX_INLINE
+    assert bytes(content) == b"a" * size
+    assert isinstance(sealed, parcel.Parcel)
+    sealed.close()
 
 
 def test_closures_and_lambdas_travel() -> None:
