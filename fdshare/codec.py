@@ -97,6 +97,9 @@ class Incoming:
 class Codec(Protocol):
     """What a channel needs to know of an encoding."""
 
+    name: str
+    """What both ends must agree on, up to 64 printable ASCII characters; told in the hello of a named connection."""
+
     def encode(self, obj: Any) -> bytes | Outgoing:
         """Return a bare pickle of at most ``wire.ALWAYS_INLINE`` bytes, or the parts of any other message."""
         ...
@@ -205,6 +208,8 @@ _spare: list[_Encoder] = []
 
 class PickleCodec:
     """The default codec: pickle with reducers, then cloudpickle.  For processes of one user that trust each other."""
+
+    name = "pickle"
 
     def encode(self, obj: Any) -> bytes | Outgoing:
         """Encode ``obj``; nothing is changed in it, whatever is to be moved.
