@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 __all__ = [
+    "KIND_BY_FORMAT",
     "FdHandle",
     "Handles",
     "HasFileno",
@@ -40,6 +41,7 @@ __all__ = [
     "format_of",
     "hand_over",
     "kind_of",
+    "kind_of_link",
     "move",
     "own",
     "to_socket",
@@ -56,7 +58,7 @@ class HasFileno(Protocol):
         ...
 
 
-_KIND_BY_FORMAT = {
+KIND_BY_FORMAT = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
     stat.S_IFSOCK: "socket",
@@ -81,7 +83,7 @@ def kind_of(fd: int) -> str:
     Raises:
         OSError: ``fd`` is not open.
     """
-    kind = _KIND_BY_FORMAT.get(format_of(fd))
+    kind = KIND_BY_FORMAT.get(format_of(fd))
     if kind == "device" and os.isatty(fd):
         return "tty"
     if kind not in (None, "file"):
@@ -90,6 +92,11 @@ def kind_of(fd: int) -> str:
         link = os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         return kind or "unknown"
+    return kind_of_link(link) or kind or "unknown"
+
+
+def kind_of_link(link: str) -> str | None:
+    """Tell the kind that a link of ``/proc/PID/fd`` names by itself: a memory file or an anonymous inode; None for others."""
     if link.startswith("/memfd:"):
         return "memfd"
     if link.startswith("pidfd:"):  # a file system of its own since Linux 6.9
@@ -97,7 +104,7 @@ def kind_of(fd: int) -> str:
     if link.startswith("anon_inode:"):
         name = link.removeprefix("anon_inode:").strip("[]")
         return {"eventpoll": "epoll"}.get(name, name)
-    return kind or "unknown"
+    return None
 
 
 def as_fd(obj: HasFileno | int) -> int:
@@ -288,8 +295,8 @@ class FdHandle:
         self._format = actual = format_of(self.fileno())
         if actual != expected:
             raise DecodeError(
-                f"a descriptor was declared as {_KIND_BY_FORMAT.get(expected, 'anonymous')!r} "
-                f"and arrived as {_KIND_BY_FORMAT.get(actual, 'anonymous')!r}"
+                f"a descriptor was declared as {KIND_BY_FORMAT.get(expected, 'anonymous')!r} "
+                f"and arrived as {KIND_BY_FORMAT.get(actual, 'anonymous')!r}"
             )
 
     def to_file(self, mode: str = "rb", **open_kwargs: Any) -> io.IOBase:
