@@ -1,22 +1,15 @@
 """The ``fdshare`` command: its subcommands, one function each, and how their ends become exit codes.
 
-====  ==============================================================
-exit  when
-====  ==============================================================
-0     all is well
-1     it failed, and one line on stderr says why
-2     it was called wrongly
-130   interrupted (Ctrl-C)
-141   whoever read the output has gone away
-====  ==============================================================
-
-A subcommand is a function with :func:`command` above it: it takes the parsed arguments and returns its exit code; the first line
-of its docstring is its help.  It imports what it needs when it runs.
+A subcommand is a function with :func:`command` above it: it takes the parsed arguments and returns its exit code.  The first line
+of its docstring is its help, the rest is added to what ``--help`` says of it alone.  It imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import inspect
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +23,15 @@ FAILED = 1
 USAGE = 2
 INTERRUPTED = 128 + 2  # as a shell tells of SIGINT
 READER_GONE = 128 + 13  # and of SIGPIPE
+
+EXIT_CODES = """\
+exit codes:
+  0    all is well
+  1    it failed, and one line on standard error says why
+  2    it was called wrongly
+  130  interrupted (Ctrl-C)
+  141  whoever read the output has gone away
+"""
 
 Run = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -55,6 +57,12 @@ def command(*arguments: Argument) -> Callable[[Run], Run]:
 # --- the subcommands ------------------------------------------------------------------------------------------------
 
 
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
 def _count(text: str) -> int:
     from fdshare.demo import WORKERS
 
@@ -71,6 +79,25 @@ def demo(arguments: argparse.Namespace) -> int:
     return play(arguments.requests)
 
 
+@command(
+    argument("pid", nargs="?", type=_number, metavar="PID", help="a process; without it, the command itself"),
+    argument("--json", action="store_true", help="print one JSON object"),
+)
+def ls(arguments: argparse.Namespace) -> int:
+    """List the descriptors of a process: kind, access, offset, size, flags, and who has the other end.
+
+    Without PID it lists what the command itself was given by whoever started it, as in
+
+        fdshare recv ADDRESS --exec fdshare ls
+
+    Other ends of pipes and sockets are found in the processes that you may see; root sees all of them.  Where there is no
+    /proc (macOS, FreeBSD), another process needs psutil, and fewer columns are known.
+    """
+    from fdshare.ls import main as list_descriptors
+
+    return list_descriptors(arguments.pid, as_json_text=arguments.json)
+
+
 # --- around them --------------------------------------------------------------------------------------------------------
 
 
@@ -82,12 +109,25 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = _Parser(prog="fdshare", description=fdshare.__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="fdshare",
+        description=fdshare.__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"fdshare {fdshare.__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for name, (run, arguments) in _commands.items():
-        text = (run.__doc__ or "").strip().splitlines()[0]
-        subparser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+        text = inspect.cleandoc(run.__doc__ or "")
+        subparser = subparsers.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         for names, options in arguments:
             subparser.add_argument(*names, **options)
         subparser.set_defaults(run=run, command=name)
@@ -103,32 +143,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after --help and --version (0), and where the call is wrong (2), as argparse does.
     """
-    arguments = build_parser().parse_args(argv)
+    command = ""
     try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()  # here, where a reader that has gone away can be told from a success
-        return code
+        _prepare_standard_streams()
+        try:
+            arguments = build_parser().parse_args(argv)
+            command = f" {arguments.command}"
+            return int(arguments.run(arguments))
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone away can be told from a success
     except KeyboardInterrupt:
-        return INTERRUPTED
+        code = INTERRUPTED
     except (
         fdshare.FdShareError
     ) as error:  # before OSError: a peer that closed is a broken pipe too, but not stdout's
-        return _failed(arguments.command, error)
+        code = _failed(command, error)
     except BrokenPipeError:
-        _drop_output()
-        return READER_GONE
+        code = READER_GONE
     except OSError as error:
-        return _failed(arguments.command, error)
+        code = _failed(command, error)
+    _drop_output_that_fails()
+    return code
 
 
 def _failed(command: str, error: Exception) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"fdshare {command}: {text}", file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the number
+        text = error.strerror + (f": {error.filename!r}" if error.filename is not None else "")
+    print(f"fdshare{command}: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
     return FAILED
 
 
-def _drop_output() -> None:
-    """Let what is still in stdout's buffer go nowhere, or the interpreter would complain while it exits."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+def _prepare_standard_streams() -> None:
+    """See to it that no file opened later becomes a standard stream, and that every name can be printed.
+
+    Raises:
+        OSError: there is no standard output.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # takes the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        raise OSError(errno.EBADF, "the standard output is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output_that_fails() -> None:
+    """Let what stdout's buffer cannot write go nowhere, or the interpreter would complain while it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -7,27 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from command import ROOT, run
 
 import fdshare
 from fdshare import cli
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "fdshare", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=45,
-        check=False,
-        **options,
-    )
 
 
 def test_version() -> None:
@@ -98,8 +84,8 @@ def failing() -> Iterator[Any]:
     [
         (fdshare.NotSendableError("cannot send message['a']: no"), "cannot send message['a']: no"),
         # A broken pipe as well, but not that of the standard output:
-        (fdshare.PeerClosedError("the peer has closed"), "[Errno 32] the peer has closed"),
-        (FileNotFoundError(2, "No such file or directory", "x"), "[Errno 2] No such file or directory: 'x'"),
+        (fdshare.PeerClosedError("the peer has closed"), "the peer has closed"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "No such file or directory: 'x'"),
         (OSError("on two\nlines"), "on two lines"),
         (TimeoutError(), "TimeoutError"),
     ],
