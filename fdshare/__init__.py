@@ -17,6 +17,7 @@ from fdshare.errors import (
     NotSendableError,
     PeerClosedError,
     ProtocolError,
+    SealError,
     TaskTimeoutError,
 )
 from fdshare.handle import FdHandle, Outside, move
@@ -76,6 +77,7 @@ __all__ = [
     "Pipe",
     "ProcessPoolExecutor",
     "ProtocolError",
+    "SealError",
     "TaskTimeoutError",
     "WorkerDiedError",
     "move",

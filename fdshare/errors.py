@@ -24,6 +24,7 @@ __all__ = [
     "NotSendableError",
     "PeerClosedError",
     "ProtocolError",
+    "SealError",
     "TaskTimeoutError",
 ]
 
@@ -107,7 +108,14 @@ class MessageTooLargeError(FdShareError, ValueError):
 
 
 class NoSpaceError(FdShareError, OSError):
-    """No room for a large message's segment (ENOSPC, ENOMEM, EFBIG): found before anything was sent."""
+    """No room for a large message's segment, or for shared memory (ENOSPC, ENOMEM, EFBIG): found before it is used."""
+
+
+class SealError(FdShareError, BufferError, OSError):
+    """Shared memory cannot be sealed: something could still write into it (EBUSY), or this system has no seals (ENOTSUP)."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(args if len(args) == 2 else (errno.EBUSY, args[0] if args else "still writable")))
 
 
 class AccessDeniedError(FdShareError, PermissionError):

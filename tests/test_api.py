@@ -85,6 +85,7 @@ ERRORS: dict[str, tuple[type[BaseException], ...]] = {
     "ProtocolError": (OSError,),
     "MessageTooLargeError": (ValueError,),
     "NoSpaceError": (OSError,),
+    "SealError": (BufferError, OSError),
     "AccessDeniedError": (PermissionError,),
     "HandoffExpiredError": (LookupError,),
     "WorkerDiedError": (BrokenProcessPool,),
