@@ -4,6 +4,10 @@
 borrowed descriptors and out-of-band buffers.  ``decode`` takes an :class:`Incoming`.  Pickle's C implementation does the
 work; the reducers of :mod:`fdshare.reducers` come before everything else, and cloudpickle is asked only when pickle has
 failed, since it takes ten times as long.
+
+A payload is a pickle.  Where out-of-band buffers of it lie in shared memory, they are not sent but referred to, and a second
+pickle goes before it: byte 0x01, the size of that pickle in 8 bytes, little-endian, and a list of (place among the buffers,
+window); see references.py.
 """
 
 from __future__ import annotations
@@ -34,6 +38,9 @@ INLINE_BUFFER = MAX_INLINE - 8192
 _MAX_SPARE = 8
 """Encoders kept for the next message; one for each thread that encodes at the same time."""
 
+WINDOWS = b"\x01"
+"""First byte of a payload that refers to shared memory; a pickle's is 0x80."""
+
 _MAX_PROBES = 2000
 """Most objects that are tried one by one to find the one that cannot travel."""
 
@@ -48,6 +55,8 @@ class Outgoing:
     """Borrowed descriptors, each once."""
     buffers: list[memoryview] = attrs.field(factory=list)
     """Out-of-band buffers, in the order in which the pickle refers to them."""
+    windows: list[tuple[int, Any]] = attrs.field(factory=list)
+    """What stands for those among them that lie in shared memory, by their place in that order."""
     _index: dict[int, int] = attrs.field(factory=dict)
     _owners: list[object] = attrs.field(factory=list)
     _consumed: list[Callable[[], object]] = attrs.field(factory=list)
@@ -154,9 +163,28 @@ class _Lender:
     def borrow_temporary(self, handle: FdHandle) -> None:
         self._out()._temporaries.append(handle)
 
+    def finish(self) -> None:
+        """Put the windows of a message before its pickle."""
+        if self.outgoing is not None and self.outgoing.windows:
+            pieces = self.chunks[:]
+            self.chunks.clear()
+            self.clear_memo()
+            self.dump(self.outgoing.windows)
+            size = sum(map(len, self.chunks))
+            self.chunks[:] = [WINDOWS + size.to_bytes(8, "little"), *self.chunks, *pieces]
+
+    dump: Callable[[Any], None]  # of the pickler that this is mixed into
+    clear_memo: Callable[[], None]
+
     def on_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Keep a buffer out of the pickle (False) where that is worth a segment."""
         view = buffer.raw()
+        if reducers.find_window is not None:
+            window = reducers.find_window(view)
+            if window is not None:
+                out = self._out()
+                out.windows.append((len(out.buffers) + len(out.windows), window))
+                return False
         if view.nbytes < INLINE_BUFFER:
             return True
         self._out().buffers.append(view)
@@ -223,6 +251,8 @@ class PickleCodec:
             encoder = _Encoder()
         try:
             encoder.dump(obj)
+            if encoder.outgoing is not None:
+                encoder.finish()
         except Exception as error:  # noqa: BLE001 -- any __reduce__ may raise anything
             if encoder.outgoing is not None:
                 encoder.outgoing.failed()
@@ -250,7 +280,10 @@ class PickleCodec:
         outer, reducers.decoding.message = reducers.decoding.message, unpacking
         failed = True
         try:
-            obj = pickle.loads(message.payload, buffers=message.buffers)
+            payload, buffers = message.payload, message.buffers
+            if payload[:1] == WINDOWS:
+                payload, buffers = _with_windows(payload, buffers)
+            obj = pickle.loads(payload, buffers=buffers)
             failed = False
             return obj
         except Exception as error:
@@ -258,6 +291,17 @@ class PickleCodec:
         finally:
             reducers.decoding.message = outer
             unpacking.close(failed)
+
+
+def _with_windows(payload: Any, buffers: list[memoryview]) -> tuple[memoryview, list[Any]]:
+    """Return the pickle of a payload that refers to shared memory, and all of its buffers in their order."""
+    view, merged = memoryview(payload), list[Any](buffers)
+    end = 9 + int.from_bytes(view[1:9], "little")
+    if end > len(view):
+        raise DecodeError(f"{end} bytes of windows in a payload of {len(view)}")
+    for place, window in pickle.loads(view[9:end]):
+        merged.insert(place, window)
+    return view[end:], merged
 
 
 def undecodable(error: Exception) -> DecodeError:
@@ -289,6 +333,7 @@ def _try_by_value(obj: Any) -> Outgoing | Exception:
     encoder = _by_value_encoder()()
     try:
         encoder.dump(obj)
+        encoder.finish()
     except Exception as error:  # noqa: BLE001 -- any __reduce__ may raise anything
         if encoder.outgoing is not None:
             encoder.outgoing.failed()

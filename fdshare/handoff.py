@@ -170,9 +170,13 @@ def rebuild_fetched(payload: bytes, buffers: Any, address: str, token: bytes, co
 
 def carried_types() -> list[type]:
     """Return the types that :func:`reduce_outside` takes at present, registered ones included; loads what holds them."""
-    types_ = [cls for cls in reducers.known if cls not in _MESSAGE_ONLY]
+    types_ = [
+        cls
+        for cls, reducer in reducers.known.items()
+        if cls not in _MESSAGE_ONLY and reducer not in reducers.beside_pickle
+    ]
     for name, reducer in reducers.known_by_name.items():
-        if reducer not in reducers._refusals:
+        if reducer not in reducers._refusals | reducers.beside_pickle:
             module, _, cls = name.rpartition(".")
             types_.append(getattr(import_module(module), cls))
     return types_

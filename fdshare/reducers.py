@@ -132,6 +132,12 @@ known_by_name: dict[str, Reducer] = {}  # types of modules that are not imported
 _refusals: set[Reducer] = set()  # what holds for subclasses too
 resolved: dict[type, Reducer | None] = {}
 
+beside_pickle: set[Reducer] = set()
+"""Reducers that take some objects of their type, in messages; the others, subclasses and other picklers go pickle's own way."""
+
+find_window: Callable[[memoryview], Any] | None = None
+"""Returns what stands for a buffer that lies in shared memory, or None; unset as long as this process has no such memory."""
+
 
 def register(type: type, *, reduce: Callable[[Any], tuple[Any, ...]]) -> None:
     """Teach fdshare how objects of exactly ``type`` travel.
@@ -180,7 +186,9 @@ def _resolve(cls: type) -> Reducer | None:
     for base in cls.__mro__[:-1]:
         reducer = known.get(base) or known_by_name.get(f"{base.__module__}.{base.__qualname__}")
         if reducer is not None:
-            return reducer if base is cls or reducer in _refusals else _refuse_subclass(cls, base)
+            if base is cls or reducer in _refusals:
+                return reducer
+            return None if reducer in beside_pickle else _refuse_subclass(cls, base)
         if cls in copyreg.dispatch_table or "__reduce__" in vars(base) or "__reduce_ex__" in vars(base):
             return None  # it knows by itself
     return None
