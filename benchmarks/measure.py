@@ -10,6 +10,9 @@ __all__ = ["BATCHES", "measure"]
 BATCHES = 10
 """Batches a worker: enough for a median that one interruption cannot move."""
 
+FIRST = 3
+"""Operations before any is believed: the first ones pay for pages and caches that a steady state has."""
+
 WARM_SHARE = 0.25
 """A batch counts as calibrated from this share of its intended length on: doubling from there could overshoot."""
 
@@ -17,12 +20,12 @@ WARM_SHARE = 0.25
 def measure(operate: Callable[[int], float], budget: float) -> list[float]:
     """Time an operation and return seconds an operation for each batch.
 
-    ``operate(n)`` does the work ``n`` times and returns how many seconds count.  Calibration doubles as warm-up.  An
+    ``operate(n)`` does the work ``n`` times and returns how many seconds count.  Calibration is the warm-up.  An
     operation that alone takes more than a batch's share of ``budget`` (seconds) is repeated singly, at least twice.
     """
     gc.collect()
     batch = budget / BATCHES
-    n, took = 1, operate(1)
+    n, took = 1, min(operate(1) for _ in range(FIRST))
     while took < batch * WARM_SHARE:
         n *= 2
         took = operate(n)

@@ -19,13 +19,12 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fdshare import memory, reducers, rights, wire
+from fdshare import packets, reducers, rights, wire
 from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, undecodable
 from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, Outside, to_socket
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
-from fdshare.packets import open_packet
 from fdshare.transport import other_threads
 from fdshare.transports import SeqpacketTransport, socketpair, transport_of
 
@@ -289,51 +288,41 @@ class Channel:
         outgoing.sent()
 
     def _send_outgoing(self, out: Outgoing, type: int, deadline: float | None, max_inline: int) -> None:
-        payload, fds, flags = out.payload, out.fds, 0
-        if out.buffers:
-            payload = [wire.pack_table(out.buffers), *payload]
-        size = sum(map(len, payload))
-        # More than a little goes inline only where it cannot block: the queue is empty.
-        if not out.buffers and (
-            size <= min(max_inline, wire.ALWAYS_INLINE)
-            or (size <= max_inline and not self._transport.in_flight.unread())
-        ):
-            if self._transport.bare and not fds and type == wire.MESSAGE:
-                self._transport.send(b"", payload, (), deadline)
-            else:
-                flags = wire.BUNDLE if len(fds) > wire.MAX_FDS_PER_PACKET else 0
-                header = wire.pack(type, flags, len(fds), 0, size, 0, wire.nonce() if fds else 0)
-                self._with_bundle(header, payload, fds, deadline)
+        transport, fds = self._transport, out.fds
+        inline = min(max_inline, wire.ALWAYS_INLINE)
+        if not out.buffers:
+            size = sum(map(len, out.payload))
+            # More than a little goes inline only where it cannot block: the queue is empty.
+            if inline < size <= max_inline and not transport.in_flight.unread():
+                inline = max_inline
+            if size <= inline and transport.bare and not fds and type == wire.MESSAGE:
+                transport.send(b"", out.payload, (), deadline)
+                return
+        header, payload, parts = plan = packets.plan(out, type, inline, wire.nonce())
+        if parts is None:
+            self._with_bundle(header, payload, fds, deadline)
             return
-        if not out.buffers or size > min(max_inline, wire.ALWAYS_INLINE):
-            flags, parts, payload = wire.IN_SEGMENT, payload, []
-        else:
-            parts = []
-        parts, segment_size = wire.lay_out(parts, size if flags else 0, out.buffers)
-        flags |= wire.SEGMENT if len(fds) < wire.MAX_FDS_PER_PACKET else wire.SEGMENT | wire.BUNDLE
-        # All bounds are checked before memory is spent.
-        header = wire.pack(type, flags, len(fds), len(out.buffers), size, segment_size, wire.nonce())
-        transport = self._transport
-        reservation = transport.in_flight.reserve(segment_size, deadline)
-        segment, sealed = memory.write_segment(parts)
+        reservation = transport.in_flight.reserve(header.segment_size, deadline)
+        header, segment = plan.write_segment(transport if self._codec is _PICKLE else None)
         with segment:
-            if not sealed:
-                header = wire.with_flag(header, wire.FILE)
             self._with_bundle(header, payload, [*fds, segment.fileno()], deadline)
             transport.in_flight.note(reservation)
 
-    def _with_bundle(self, header: bytes, payload: list[Any], fds: list[int], deadline: float | None) -> None:
+    def _with_bundle(
+        self, header: wire.Header, payload: list[Any], fds: list[int], deadline: float | None
+    ) -> None:
         if len(fds) <= wire.MAX_FDS_PER_PACKET:
-            self._transport.send(header, payload, fds, deadline)
+            self._transport.send(wire.pack(*header), payload, fds, deadline)
             return
+        header = header._replace(flags=header.flags | wire.BUNDLE)
         with self._transport.bundle(fds, deadline) as bundle:
-            self._transport.send(header, payload, [bundle.fileno()], deadline)
+            self._transport.send(wire.pack(*header), payload, [bundle.fileno()], deadline)
 
     def _recv_slowly(self, timeout: float | None, type: int) -> Any:
         self._check(self._readable, "write-only")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            message = open_packet(*self._transport.receive(deadline))
+            message = packets.open_packet(*self._transport.receive(deadline), trusted=self._codec is _PICKLE)
         except ProtocolError:
             self.close()
             raise

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from fdshare import recycle
 from fdshare.handle import kind_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class _Snapshot:
 
     @classmethod
     def take(cls) -> _Snapshot:
+        recycle.give_up()  # kept on purpose, and only as long as a channel is in use
         own_fds, own_pids = _helpers_of_multiprocessing()
         descriptors: dict[int, tuple[object, ...]] = {}
         for fd in _open_descriptors():

@@ -1,22 +1,84 @@
-"""From a packet, its segment and its descriptors to the parts that a codec takes."""
+"""Between the parts that a codec makes and takes, and a packet with its segment."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from fdshare import memory, wire
-from fdshare.codec import Incoming
-from fdshare.handle import HandleList
+from fdshare.codec import Incoming, Outgoing
+from fdshare.handle import FdHandle, HandleList
 
-__all__ = ["open_packet"]
+__all__ = ["Plan", "open_packet", "plan"]
+
+_FLAG = {"sealed": 0, "leased": wire.LEASED, "copied": wire.FILE}
 
 
-def open_packet(header: wire.Header | None, payload: Any, handles: HandleList) -> Incoming:
-    """Put a packet and its segment together; close its descriptors where that fails."""
+class Plan(NamedTuple):
+    """How a message will be laid out; no memory was spent yet."""
+
+    header: wire.Header
+    payload: list[Any]
+    """Bytes-like pieces of what goes into the packet itself."""
+    parts: list[Any] | None
+    """Bytes-like pieces of the segment; None without one."""
+
+    def write_segment(self, user: object) -> tuple[wire.Header, FdHandle]:
+        """Write the segment; return the header that says what it is, and its handle.
+
+        Args:
+            user: as for ``memory.write_segment``.
+
+        Raises:
+            NoSpaceError, FdLimitError
+        """
+        assert self.parts is not None
+        segment, form = memory.write_segment(self.parts, user)
+        return self.header._replace(flags=self.header.flags | _FLAG[form]), segment
+
+
+def plan(out: Outgoing, type: int, inline: int, nonce: int) -> Plan:
+    """Lay a message out: buffers go into a segment, and so does a payload of more than ``inline`` bytes.
+
+    The header has no BUNDLE flag yet.
+
+    Raises:
+        MessageTooLargeError: over a named bound.
+    """
+    payload, buffers = out.payload, out.buffers
+    if buffers:
+        payload = [wire.pack_table(buffers), *payload]
+    size = sum(map(len, payload))
+    flags, segment_size, parts = 0, 0, None
+    if size > inline:
+        flags = wire.SEGMENT | wire.IN_SEGMENT
+        parts, segment_size = wire.lay_out(payload, size, buffers)
+        payload = []
+    elif buffers:
+        flags = wire.SEGMENT
+        parts, segment_size = wire.lay_out([], 0, buffers)
+    header = wire.Header(type, flags, len(out.fds), len(buffers), size, segment_size, nonce)
+    wire.pack(*header)  # all bounds are checked before memory is spent
+    return Plan(header, payload, parts)
+
+
+def _form(flags: int, trusted: bool) -> memory.Form:
+    if flags & wire.FILE or (flags & wire.LEASED and not trusted):
+        return "copied"
+    return "leased" if flags & wire.LEASED else "sealed"
+
+
+def open_packet(
+    header: wire.Header | None, payload: Any, handles: HandleList, *, trusted: bool = True
+) -> Incoming:
+    """Put a packet and its segment together; close its descriptors where that fails.
+
+    Args:
+        trusted: whether the sender is; False copies a segment that it could still write.
+    """
     if header is None or not header.flags & wire.SEGMENT:
         return Incoming(payload, handles)
     try:
-        view = memory.map_segment(handles[-1], header.segment_size, sealed=not header.flags & wire.FILE)
+        view = memory.map_segment(handles[-1], header.segment_size, _form(header.flags, trusted))
         del handles[-1]
         if header.flags & wire.IN_SEGMENT:
             payload = view[: header.payload_size]

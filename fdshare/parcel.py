@@ -13,12 +13,11 @@ from typing import Any
 
 import attrs
 
-from fdshare import memory, rights, wire
+from fdshare import packets, rights, wire
 from fdshare.channel import Channel
 from fdshare.codec import Incoming, Outgoing, PickleCodec, undecodable
 from fdshare.errors import FdLimitError
 from fdshare.handle import FdHandle, HandleList, Handles
-from fdshare.packets import open_packet
 from fdshare.transport import Transport
 from fdshare.transports import SeqpacketTransport
 
@@ -57,12 +56,13 @@ class Parcel:
 Message = bytes | Parcel
 
 
-def seal(message: bytes | Outgoing, tag: int) -> Message:
+def seal(message: bytes | Outgoing, tag: int, user: object = None) -> Message:
     """Give an encoded message its tag and descriptors of its own; what it borrowed is left to the caller.
 
     Args:
         message: as ``codec.encode`` made it; of an Outgoing nothing is closed or consumed.
         tag: below 2**64.
+        user: on whose behalf segments may be recycled, see ``recycle.lease``; None where they may not.
 
     Raises:
         FdLimitError, OSError: no descriptor left.
@@ -70,29 +70,15 @@ def seal(message: bytes | Outgoing, tag: int) -> Message:
     """
     if isinstance(message, bytes):
         return message + tag.to_bytes(_TAG_SIZE, "little")
-    payload, fds, buffers = message.payload, message.fds, message.buffers
-    if buffers:
-        payload = [wire.pack_table(buffers), *payload]
-    size = sum(map(len, payload))
-    if not fds and not buffers and size <= wire.MAX_INLINE:
-        return b"".join([*payload, tag.to_bytes(_TAG_SIZE, "little")])
-    flags, segment_size, parts = 0, 0, None
-    if buffers or size > wire.MAX_INLINE:
-        flags, inline = wire.SEGMENT, size <= wire.MAX_INLINE
-        if not inline:
-            flags |= wire.IN_SEGMENT
-        parts, segment_size = wire.lay_out([] if inline else payload, 0 if inline else size, buffers)
-        payload = payload if inline else []
-    header = wire.Header(wire.MESSAGE, flags, len(fds), len(buffers), size, segment_size, tag)
-    wire.pack(*header)  # all bounds are checked before memory is spent
+    if not message.fds and not message.buffers and sum(map(len, message.payload)) <= wire.MAX_INLINE:
+        return b"".join([*message.payload, tag.to_bytes(_TAG_SIZE, "little")])
+    header, payload, parts = plan = packets.plan(message, wire.MESSAGE, wire.MAX_INLINE, tag)
     handles: HandleList = Handles()
     try:
-        handles.extend(map(FdHandle.dup, fds))
+        handles.extend(map(FdHandle.dup, message.fds))
         if parts is not None:
-            segment, sealed = memory.write_segment(parts)
+            header, segment = plan.write_segment(user)
             handles.append(segment)
-            if not sealed:
-                header = header._replace(flags=flags | wire.FILE)
     except BaseException:
         handles.close()
         raise
@@ -125,10 +111,8 @@ def send(channel: Channel, message: Message, deadline: float | None = None) -> N
         header = wire.pack(wire.MESSAGE, payload_size=size, nonce=tag_of(message))
         transport.send(header, (memoryview(message)[:size],), (), deadline)
         return
-    fds, (kind, flags, *rest) = [handle.fileno() for handle in message.handles], message.header
-    if len(fds) > wire.MAX_FDS_PER_PACKET:
-        flags |= wire.BUNDLE
-    channel._with_bundle(wire.pack(kind, flags, *rest), message.payload, fds, deadline)
+    fds = [handle.fileno() for handle in message.handles]
+    channel._with_bundle(message.header, message.payload, fds, deadline)
 
 
 def send_now(channel: Channel, message: Message) -> bool:
@@ -225,7 +209,7 @@ def open_message(channel: Channel, message: Message) -> Any:
     assert isinstance(message, Parcel)
     payload = message.payload[0] if len(message.payload) == 1 else b"".join(message.payload)
     if message.header.flags & wire.SEGMENT:
-        incoming = open_packet(message.header, memoryview(payload), message.handles)
+        incoming = packets.open_packet(message.header, memoryview(payload), message.handles)
     else:
         incoming = Incoming(payload, message.handles)
     return _CODEC.decode(incoming)

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from itertools import repeat, starmap
 from typing import Any, NamedTuple
 
-from fdshare import memory, rights, wire
+from fdshare import memory, recycle, rights, wire
 from fdshare.errors import (
     AccessDeniedError,
     ClosedError,
@@ -208,6 +208,7 @@ class Transport:
             self._close()
 
     def _close(self) -> None:
+        recycle.leave(self)
         self.sock.close()
         if type(self.arrived) is Arrived:
             self.arrived.close()

@@ -12,6 +12,8 @@ A message is one packet.  On SEQPACKET the kernel keeps packets apart:
                                2 BUNDLE     the only descriptor is a socket that holds the message's, in batches
                                4 IN_SEGMENT the payload is at the start of the segment, not in the packet
                                8 FILE       the segment is a pipe or an unlinked file (no seals: copy, never map)
+                              16 LEASED     the segment will be written again once no descriptor and no mapping of it
+                                            is left; sealed against shrinking only, for peers that trust each other
          2    2 zero
          4    4 descriptors    of the message itself, without the segment
          8    4 buffers        out-of-band buffers, in the segment
@@ -46,8 +48,8 @@ from fdshare.errors import MessageTooLargeError, ProtocolError
 __all__ = ["HEADER_SIZE", "Header", "StreamParser", "align", "pack", "pack_table", "unpack", "unpack_table"]
 
 MESSAGE, BYTES, NOTICE = 1, 2, 3
-SEGMENT, BUNDLE, IN_SEGMENT, FILE = 1, 2, 4, 8
-_ALL_FLAGS = SEGMENT | BUNDLE | IN_SEGMENT | FILE
+SEGMENT, BUNDLE, IN_SEGMENT, FILE, LEASED = 1, 2, 4, 8, 16
+_ALL_FLAGS = SEGMENT | BUNDLE | IN_SEGMENT | FILE | LEASED
 
 PICKLE_MARK = 0x80
 """First byte of a packet that is a bare pickle; every type byte is below it."""
@@ -157,11 +159,6 @@ _NOTICE = bytes([NOTICE])
 _NO_SIZES = bytes(HEADER_SIZE - 8)
 
 
-def with_flag(header: bytes, flag: int) -> bytes:
-    """Return ``header`` with one more flag set."""
-    return header[:1] + bytes([header[1] | flag]) + header[2:]
-
-
 def unpack(data: bytes | memoryview) -> Header:
     """Read and check a header at the start of ``data``.
 
@@ -179,10 +176,12 @@ def unpack(data: bytes | memoryview) -> Header:
         )
     header = Header(type, flags, descriptors, buffers, payload, segment, nonce)
     if not flags & SEGMENT:
-        if segment or buffers or flags & (IN_SEGMENT | FILE):
+        if segment or buffers or flags & (IN_SEGMENT | FILE | LEASED):
             raise ProtocolError("a packet speaks of a segment that it does not have")
     elif flags & IN_SEGMENT and payload > segment:
         raise ProtocolError(f"a payload of {payload} bytes in a segment of {segment}")
+    elif flags & FILE and flags & LEASED:
+        raise ProtocolError("a segment is a file or leased, not both")
     if header.inline_size > MAX_INLINE:
         raise ProtocolError(f"an inline payload of {payload} bytes; MAX_INLINE is {MAX_INLINE}")
     if header.carried > MAX_FDS_PER_PACKET:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-from fdshare import memory
+from fdshare import memory, recycle
 from fdshare.testing import fdshare_no_leaks
 
 __all__ = ["fdshare_no_leaks"]  # a fixture is found by its name in a conftest
@@ -20,15 +20,17 @@ def no_leaks(fdshare_no_leaks: None) -> None:
     """Check descriptors, threads and children after every test, in the test's child processes too."""
 
 
-SEGMENTS = ("pipe", "memfd", "file")
+SEGMENTS = ("pipe", "memfd", "lease", "file")
 
 
 @pytest.fixture(params=SEGMENTS)
 def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where segments live: pipes where they are small enough, or never those; or files, where the system has neither."""
+    """Where segments live: pipes where they are small enough, or never those, new or used again; or files without either."""
     name: str = request.param
     monkeypatch.setattr(memory, "HAVE_PIPE_SIZE", name == "pipe")
     monkeypatch.setattr(memory, "HAVE_MEMFD", name != "file")
+    monkeypatch.setattr(recycle, "ENABLED", name == "lease")
+    monkeypatch.setattr(recycle, "STEADY_SECONDS", 1e9)  # each message is of a flow
     return name
 
 

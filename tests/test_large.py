@@ -36,6 +36,7 @@ from fdshare import (
     NoSpaceError,
     PeerClosedError,
     memory,
+    recycle,
     wire,
 )
 from fdshare.testing import LeakCheck, checked_child, leak_check, numbered_handle, pattern, read_number
@@ -168,6 +169,7 @@ def test_no_descriptor_is_held_by_what_arrived(pair: tuple[Channel, Channel]) ->
     for i in range(200):
         a.send(numpy.full(LARGE, i, "u1"))
         arrays.append(b.recv())
+        recycle.give_up()
         assert open_descriptors() == before
     assert [int(array[-1]) for array in arrays] == list(range(200))
 
@@ -226,7 +228,8 @@ def test_segment_of_a_pure_payload_is_one_descriptor(transport: str, segments: s
         assert b.recv() == list(range(1_000_000))
 
 
-def test_segment_is_sealed() -> None:
+def test_segment_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycle, "ENABLED", False)
     with bare_pair("seqpacket") as (channel, bare):
         channel.send(bytearray(4 * MIB))
         pieces = capture(bare)
@@ -461,7 +464,7 @@ def test_no_space_on_a_full_file_system(
 def test_bounds_are_checked_before_memory_is_spent(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     numpy = pytest.importorskip("numpy")
 
-    def spend(parts: object) -> Any:
+    def spend(parts: object, user: object) -> Any:
         pytest.fail("a segment was written for a message that is over a bound")
 
     a, b = fdshare.Pipe(transport=transport)

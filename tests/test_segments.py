@@ -98,8 +98,10 @@ def one_of(fds: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("what", FALSE_SEGMENTS)
 def test_false_segment_is_refused(transport: str, segments: str, what: str) -> None:
     """It could be truncated under the receiver (SIGBUS), or is not what it is said to be, or never comes."""
-    if segments != "memfd" and (what == "a file" or "sealed" in what):
+    if segments in ("pipe", "file") and (what == "a file" or "sealed" in what):
         pytest.skip("a file needs no seals: it is copied, and nothing trusted")
+    if segments == "lease" and what == "only sealed against shrinking":
+        pytest.skip("that is what a lease is")
     pieces = a_large_message(transport)
     with leak_check(), bare_pair(transport) as (channel, bare):
         with FdHandle(FALSE_SEGMENTS[what]()) as false:

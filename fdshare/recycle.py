@@ -1,0 +1,260 @@
+"""Segments that are used again: a steady flow of large messages costs one copy each, not fresh pages on both sides.
+
+A recycled segment is a memfd that this process keeps, with its pages and its mapping.  Each message gets a *lease* of it: a
+read-only description of its own (opened through /proc/self/fd) that holds a shared flock.  The kernel keeps that lock
+as long as anything refers to the description, and nothing else can let go of it:
+
+================================== =======================
+what refers to the description     until
+================================== =======================
+the sender's handle                the message was sent, or given up
+a packet that waits in a socket    it is received, or both ends are closed
+the receiver's descriptor          it has mapped the segment
+its mapping, and that of its forks the last view is gone, or the process is
+================================== =======================
+
+So ``flock(LOCK_EX | LOCK_NB)`` on the own description succeeds exactly when nobody can look into the segment any more; there is
+no message back, nothing to count, and a dead peer gives all back.  The receiver maps privately, so its writes stay its own.
+
+The sender could write into what is leased, where a sealed segment forbids it: leases are for peers that trust each other.  The
+size is sealed against shrinking all the same, so a reader cannot be killed by SIGBUS.
+
+Bounds: one large message in :data:`STEADY_SECONDS` is no flow, and keeps nothing.  What is kept at all is at most
+:data:`MOST_SEGMENTS` segments and :func:`most_kept` bytes in a process.  What was not used for as long is given up at the next
+large message or garbage collection, and all of it at once when the last channel that used it is closed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import gc
+import mmap
+import os
+import threading
+import time
+import weakref
+from typing import Any
+
+from fdshare.handle import FdHandle, Handles, own
+
+__all__ = ["give_up", "leave", "lease", "most_kept"]
+
+ENABLED = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+"""Whether segments are recycled; read at each use, so that tests can switch it off."""
+
+STEADY_SECONDS = 5.0
+"""Two large messages within this time are a flow; what was unused for as long is given up."""
+
+MOST_KEPT = 1 << 30
+"""Most bytes kept in a process, however large the machine."""
+
+MOST_SEGMENTS = 8
+"""Most segments kept in a process: each takes a descriptor or two, and with more under way memory bounds a flow."""
+
+_GRAIN = 1 << 20
+"""Segments are multiples of this, bytes, so that messages of nearly one size share them."""
+
+_CHUNK = 1 << 20
+"""Bytes copied at a time: a copy holds the interpreter's lock, this one for some 0.15 ms."""
+
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of Linux 5.14, absent from the mmap module: maps pages that are there in one call."""
+
+
+@functools.cache
+def most_kept() -> int:
+    """Return the most bytes of segments that this process keeps: a sixteenth of the machine's memory, at most MOST_KEPT."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return MOST_KEPT // 4
+    return min(MOST_KEPT, memory // 16)
+
+
+class _Segment:
+    """A memfd of this process; whoever took it out of ``_kept`` owns it."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.written = 0  # bytes from the start whose pages are there
+        self.used = time.monotonic()
+        self._mapping: mmap.mmap | None = None
+        self._owner = Handles([own(os.memfd_create, "fdshare", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)])
+        os.ftruncate(self._fd, capacity)
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        if _trim_at_collection not in gc.callbacks:
+            gc.callbacks.append(_trim_at_collection)
+
+    @property
+    def _fd(self) -> int:
+        return self._owner[0].fileno()
+
+    def close(self) -> None:
+        """Let go of it; the pages stay as long as somebody holds a lease."""
+        self._owner.close()
+        self._mapping = None
+
+    def is_free(self) -> bool:
+        """Whether nobody holds a lease."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        return True
+
+    def lease(self) -> FdHandle:
+        """Return a description of its own that keeps the segment from being written."""
+        handle = own(os.open, f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BaseException:
+            handle.close()
+            raise
+        return handle
+
+    def write(self, views: list[memoryview], size: int) -> None:
+        """Write from the start.
+
+        Raises:
+            OSError: no space (ENOSPC, ENOMEM).
+        """
+        if (
+            size > self.written
+        ):  # fresh pages: the kernel makes and fills them in one step, and says where it cannot
+            offset = 0
+            for view in views:
+                while len(view):
+                    count = os.pwrite(self._fd, view, offset)
+                    offset += count
+                    view = view[count:]
+            self.written = size
+            return
+        if self._mapping is None:
+            self._mapping = mmap.mmap(self._fd, self.capacity)
+            try:
+                self._mapping.madvise(_POPULATE_WRITE, 0, self.written & -mmap.PAGESIZE)
+            except OSError:
+                pass  # an older kernel: each page is mapped when it is written
+        offset = 0
+        for view in views:
+            for begin in range(0, len(view), _CHUNK):
+                piece = view[begin : begin + _CHUNK]
+                self._mapping[offset : offset + len(piece)] = piece
+                offset += len(piece)
+
+
+_lock = threading.Lock()
+_kept: list[_Segment] = []
+_users: weakref.WeakSet[Any] = weakref.WeakSet()
+_last = -STEADY_SECONDS  # when a large message was last written
+
+
+def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
+    """Write ``size`` bytes into a recycled segment and return a lease of it.
+
+    Args:
+        views: flat byte views, in order.
+        user: on whose behalf; :func:`leave` tells when it is gone.
+
+    Returns:
+        None where recycling does not pay, or cannot be had: the caller makes a segment for this message alone.
+
+    Raises:
+        OSError: no space, no descriptor.
+    """
+    global _last
+    now = time.monotonic()
+    steady, _last = now - _last < STEADY_SECONDS, now
+    with _lock:
+        trim(now)
+        if not steady:
+            return None
+        segment = _take(size)
+        if segment is None:
+            return None
+        _users.add(user)
+    try:
+        handle = segment.lease()
+    except OSError:
+        segment.close()
+        return None  # /proc is not there, or not ours after a change of user; or there is no room: the caller sees
+    try:
+        segment.write(views, size)
+    except BaseException:
+        handle.close()
+        segment.close()
+        raise
+    segment.used = now
+    with _lock:
+        if _users:
+            _kept.append(segment)
+            return handle
+    segment.close()  # its channel was closed meanwhile
+    return handle
+
+
+def _take(size: int) -> _Segment | None:
+    """Take the smallest free segment that fits out of the kept ones, or a new one."""
+    fitting = [segment for segment in _kept if segment.capacity >= size]
+    for segment in sorted(fitting, key=lambda segment: segment.capacity):
+        if segment.capacity <= max(2 * size, _GRAIN) and segment.is_free():
+            _kept.remove(segment)
+            return segment
+    capacity = -(-size // _GRAIN) * _GRAIN
+    room = most_kept() - capacity - sum(segment.capacity for segment in _kept)
+    for segment in tuple(_kept):  # oldest use first
+        if room >= 0 and len(_kept) < MOST_SEGMENTS:
+            break
+        if segment.is_free():
+            _kept.remove(segment)
+            segment.close()
+            room += segment.capacity
+    return _Segment(capacity) if room >= 0 and len(_kept) < MOST_SEGMENTS else None
+
+
+def trim(now: float) -> None:
+    """Give up what was not used for a while; the lock is held."""
+    while _kept and now - _kept[0].used > STEADY_SECONDS:
+        _kept.pop(0).close()
+
+
+def leave(user: object) -> None:
+    """Tell that ``user`` will send no more; without users nothing is kept."""
+    if user in _users:
+        with _lock:
+            _users.discard(user)
+            if not _users:
+                _clear()
+
+
+def give_up() -> None:
+    """Keep nothing for now."""
+    with _lock:
+        _clear()
+
+
+def _clear() -> None:
+    while _kept:
+        _kept.pop().close()
+
+
+def _trim_at_collection(phase: str, info: dict[str, int]) -> None:
+    # A collection may begin anywhere, also in here: never wait.
+    if _kept and phase == "stop" and _lock.acquire(blocking=False):
+        try:
+            trim(time.monotonic())
+        finally:
+            _lock.release()
+
+
+def _forget_after_fork() -> None:
+    """The child shares the parent's descriptions, so it could not tell the parent's lease from its own."""
+    global _lock
+    _lock = threading.Lock()
+    _users.clear()
+    _clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

@@ -1,0 +1,302 @@
+"""Recycled segments: what a receiver looks into never changes, and everything is given back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import TRANSPORTS, bare_pair, capture, close_pieces
+
+import fdshare
+from fdshare import Channel, memory, recycle, wire
+from fdshare.testing import Child, checked_child, pattern
+
+MIB = 1 << 20
+SIZE = 4 * MIB
+
+
+@pytest.fixture(autouse=True)
+def leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycle, "ENABLED", True)
+    monkeypatch.setattr(recycle, "STEADY_SECONDS", 1e9)  # each message is of a flow
+
+
+@pytest.fixture(params=TRANSPORTS)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Channel, Channel]]:
+    a, b = fdshare.Pipe(transport=request.param)
+    with a, b:
+        yield a, b
+
+
+def inode_of(pieces: list[tuple[bytes, list[int]]]) -> int:
+    (fd,) = [fd for _, fds in pieces for fd in fds]
+    return os.fstat(fd).st_ino
+
+
+def memfds() -> int:
+    """How many descriptors of segments this process has open."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            count += "/memfd:fdshare" in os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            pass  # the listing's own
+    return count
+
+
+def content(number: int, size: int = SIZE) -> bytearray:
+    return bytearray([number % 251]) * size
+
+
+# --- used again, and never while somebody looks ---------------------------------------------------------------------
+
+
+def test_segment_is_used_again_once_it_was_given_back() -> None:
+    with bare_pair("seqpacket") as (channel, bare):
+        inodes = []
+        for size in (SIZE, SIZE, SIZE - 1, SIZE - MIB):
+            channel.send(bytearray(size))
+            pieces = capture(bare)
+            inodes.append(inode_of(pieces))
+            close_pieces(pieces)
+        assert len(set(inodes)) == 1
+
+
+def test_segment_that_somebody_holds_is_not_used() -> None:
+    with bare_pair("seqpacket") as (channel, bare):
+        held = []
+        for _ in range(recycle.MOST_SEGMENTS + 3):
+            channel.send(bytearray(SIZE))
+            held.append(capture(bare))
+        assert len({inode_of(pieces) for pieces in held}) == len(held)
+        for pieces in held:
+            close_pieces(pieces)
+
+
+def test_queued_messages_keep_their_content(pair: tuple[Channel, Channel]) -> None:
+    a, b = pair
+    a.max_inflight = 1 << 30
+    for number in range(12):
+        a.send(content(number))
+    assert [b.recv() == content(number) for number in range(12)] == [True] * 12
+
+
+def test_views_keep_their_content_whatever_follows(pair: tuple[Channel, Channel]) -> None:
+    """A random walk: some are held for long, some written to, some dropped at once."""
+    numpy = pytest.importorskip("numpy")
+    a, b = pair
+    chance = random.Random(5)
+    held: dict[int, object] = {}
+    for number in range(150):
+        a.send(numpy.full(chance.choice((SIZE, SIZE + 4096, 2 * SIZE + 1)), number, "u1"))
+        array = b.recv()
+        assert (array == number).all()
+        if chance.random() < 0.4:
+            held[number] = array[5::7]  # a view of a part
+        if chance.random() < 0.2:
+            array[:] = 255  # its own from now on, and nobody else's
+            held[number] = None
+        del array
+        for key in list(held):
+            if held[key] is not None:
+                assert (held[key] == key).all()  # type: ignore[attr-defined]
+            if chance.random() < 0.3:
+                del held[key]
+
+
+def test_a_write_stays_private_also_when_the_segment_is_used_again(pair: tuple[Channel, Channel]) -> None:
+    a, b = pair
+    original = content(1)
+    a.send(original)
+    mine = b.recv()
+    mine[:] = content(2)
+    a.send(original)
+    assert b.recv() == original
+    assert mine == content(2)
+    del mine
+    a.send(original)
+    assert b.recv() == original
+
+
+def test_senders_in_several_threads(pair: tuple[Channel, Channel]) -> None:
+    a, b = pair
+
+    def produce(first: int) -> None:
+        for number in range(first, first + 10):
+            a.send((number, content(number, 2 * MIB)))
+
+    threads = [threading.Thread(target=produce, args=(first,)) for first in (0, 10, 20)]
+    for thread in threads:
+        thread.start()
+    seen = set()
+    for _ in range(30):
+        number, data = b.recv(timeout=30)
+        assert data == content(number, 2 * MIB)
+        seen.add(number)
+    for thread in threads:
+        thread.join()
+    assert seen == set(range(30))
+
+
+def test_fork_of_the_sender_writes_into_nothing_of_its_parent(pair: tuple[Channel, Channel]) -> None:
+    a, b = pair
+    a.send(content(1))
+    b.recv()
+    assert memfds()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            kept = memfds()
+            c, d = fdshare.Pipe()
+            c.send(content(3))
+            os._exit(0 if not kept and d.recv() == content(3) else 1)
+        finally:
+            os._exit(2)
+    a.send(content(2))
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert b.recv() == content(2)
+
+
+def _hold(channel: Channel) -> None:
+    with channel:
+        array = channel.recv()
+        channel.send(len(array))
+        signal.pause()
+
+
+def test_dead_receiver_gives_back(pair: tuple[Channel, Channel]) -> None:
+    """Killed while it holds a view, and while a message waits for it."""
+    numpy = pytest.importorskip("numpy")
+    a, b = pair
+    with Child(_hold, b, method="fork", unwanted=(a,)) as child:
+        b.close()
+        a.send(numpy.ones(SIZE, "u1"))
+        assert a.recv(timeout=30) == SIZE
+        a.send(numpy.ones(SIZE, "u1"))
+        assert not any(segment.is_free() for segment in recycle._kept)
+        assert len(recycle._kept) == 2
+        child.kill()
+    a.close()  # and with it the message that nobody took
+    assert not recycle._kept
+    assert not memfds()
+
+
+# --- what is kept is bounded and given up ------------------------------------------------------------------------------
+
+
+def test_one_large_message_alone_keeps_nothing(
+    pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recycle, "STEADY_SECONDS", 0.0)
+    a, b = pair
+    for _ in range(3):
+        a.send(content(1))
+        assert b.recv() == content(1)
+        assert not memfds()
+
+
+def test_closing_the_last_channel_gives_up(pair: tuple[Channel, Channel]) -> None:
+    a, b = pair
+    for _ in range(3):
+        a.send(content(1))
+        b.recv()
+    c, d = fdshare.Pipe()
+    with c, d:
+        c.send(content(1))
+        d.recv()
+        a.close()
+        assert memfds()
+    assert not memfds()
+
+
+def test_unused_is_given_up_at_a_collection(
+    pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair
+    a.send(content(1))
+    b.recv()
+    gc.collect()
+    assert memfds()
+    monkeypatch.setattr(recycle, "STEADY_SECONDS", -1.0)
+    gc.collect()
+    assert not memfds()
+
+
+def test_what_is_kept_is_bounded(pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycle, "most_kept", lambda: 10 * MIB)
+    a, b = pair
+    for size in (SIZE, 9 * MIB, 11 * MIB, SIZE, 2 * MIB, 3 * MIB):
+        a.send(content(1, size))
+        assert b.recv() == content(1, size)
+        assert sum(segment.capacity for segment in recycle._kept) <= 10 * MIB
+    held = []
+    for _ in range(5):
+        a.send(content(1))
+        held.append(b.recv())
+        assert sum(segment.capacity for segment in recycle._kept) <= 10 * MIB
+    assert all(array == content(1) for array in held)
+
+
+def test_typed_or_foreign_codecs_get_sealed_segments() -> None:
+    with bare_pair("seqpacket") as (channel, bare):
+        channel._codec = type("Other", (), {})()
+        channel._send_outgoing(fdshare.codec.Outgoing([bytes(SIZE)]), wire.MESSAGE, None, wire.MAX_INLINE)
+        pieces = capture(bare)
+        assert wire.unpack(pieces[-1][0]).flags == wire.SEGMENT | wire.IN_SEGMENT
+        close_pieces(pieces)
+
+
+def test_untrusting_receiver_copies_a_lease() -> None:
+    with bare_pair("seqpacket") as (channel, bare):
+        data = pattern(SIZE)
+        channel.send(data)
+        first = channel_message(bare, trusted=True)
+        channel.send(data)
+        second = channel_message(bare, trusted=False)
+        assert first.payload == second.payload
+        assert "/memfd:fdshare" in Path("/proc/self/maps").read_text()
+        assert sum(segment.is_free() for segment in recycle._kept) == 1  # the copy holds nothing
+
+
+def channel_message(bare: object, *, trusted: bool) -> fdshare.codec.Incoming:
+    (_, _), (data, fds) = capture(bare)  # type: ignore[arg-type]
+    handles = fdshare.handle.Handles(map(fdshare.FdHandle, fds))
+    header = wire.unpack(data)
+    assert header.flags & wire.LEASED
+    return fdshare.packets.open_packet(header, data[wire.HEADER_SIZE :], handles, trusted=trusted)
+
+
+# --- where it cannot be had ----------------------------------------------------------------------------------------------
+
+
+def test_without_proc_segments_are_sealed() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to go where there is no /proc")
+    checked_child(_send_without_proc)
+
+
+def _send_without_proc() -> None:
+    import tempfile
+
+    numpy = pytest.importorskip("numpy")
+    a, b = fdshare.Pipe()
+    memory.prepare_to_map()
+    with tempfile.TemporaryDirectory() as empty, a, b:
+        root = os.open("/", os.O_RDONLY)
+        os.chroot(empty)
+        try:
+            for number in range(3):
+                a.send(numpy.full(SIZE, number, "u1"))
+                assert (b.recv() == number).all()
+            assert not recycle._kept
+        finally:
+            os.fchdir(root)
+            os.chroot(".")
+            os.close(root)
