@@ -26,12 +26,20 @@ from fdshare.rights import recv_fds, send_fds
 from fdshare.waiting import ChannelSet, wait
 
 if TYPE_CHECKING:
+    from fdshare.arrays import share, shared_array
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
+    from fdshare.shared import SharedMemory
 
 __version__ = "0.1.0"
 
-_LAZY = {"ProcessPoolExecutor": "fdshare.pool.executor", "WorkerDiedError": "fdshare.pool.errors"}
+_LAZY = {
+    "ProcessPoolExecutor": "fdshare.pool.executor",
+    "SharedMemory": "fdshare.shared",
+    "WorkerDiedError": "fdshare.pool.errors",
+    "share": "fdshare.arrays",
+    "shared_array": "fdshare.arrays",
+}
 
 
 def _reduce_outside(obj: object) -> tuple[Any, ...]:
@@ -78,11 +86,14 @@ __all__ = [
     "ProcessPoolExecutor",
     "ProtocolError",
     "SealError",
+    "SharedMemory",
     "TaskTimeoutError",
     "WorkerDiedError",
     "move",
     "recv_fds",
     "register",
     "send_fds",
+    "share",
+    "shared_array",
     "wait",
 ]

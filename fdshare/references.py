@@ -1,0 +1,149 @@
+"""What lies in shared memory travels as a reference to it: mappings, buffers, and NumPy arrays of any shape.
+
+======================== ============================================ ===========================================
+what                     is reduced to                                and rebuilt as
+======================== ============================================ ===========================================
+a mapping                its descriptor, once in a message            the mapping of that file in this process
+a buffer of protocol 5   a window: mapping, offset, size              a view of the mapping
+an array                 mapping, type, shape, strides, offset        an array on the mapping
+======================== ============================================ ===========================================
+
+Whether something lies in shared memory is asked of its address, so it does not matter how it was derived: a slice of a
+transpose, a column of a DataFrame, an Arrow buffer.  Importing this module is what makes messages look; nothing looks as long as
+the process has no shared memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fdshare import reducers
+from fdshare.errors import DecodeError
+from fdshare.handle import format_of
+from fdshare.mapping import Mapping, address_of, find, open_mapping
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Window", "make_array", "open_window", "rebuild_array", "rebuild_mapping"]
+
+
+# --- mappings -------------------------------------------------------------------------------------------------------------
+
+
+def reduce_mapping(mapping: Mapping, context: reducers.Context) -> reducers.Reduced:
+    fd = mapping.fd
+    return rebuild_mapping, (context.lend(fd, mapping), format_of(fd))
+
+
+def rebuild_mapping(index: int, format: int) -> Mapping:
+    return open_mapping(reducers.take(index, format))
+
+
+# --- buffers --------------------------------------------------------------------------------------------------------------
+
+
+class Window:
+    """Stands for a buffer that lies in shared memory, while a message is made."""
+
+    __slots__ = ("arguments",)
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_window, self.arguments
+
+
+def find_window(view: memoryview) -> Window | None:
+    """Return the window for a contiguous buffer; None where it lies elsewhere, or has no bytes."""
+    size = view.nbytes
+    found = find(address_of(view), size) if size else None
+    return None if found is None else Window(*found, size, view.readonly)
+
+
+def open_window(mapping: Mapping, offset: int, size: int, readonly: bool) -> memoryview:
+    """Return ``size`` bytes of a mapping, for reading alone where that is all that the sender had.
+
+    Raises:
+        DecodeError: they lie outside.
+    """
+    if min(offset, size) < 0 or offset + size > mapping.size_mapped:
+        raise DecodeError(f"a window of {size} bytes at {offset} in shared memory of {mapping.size_mapped}")
+    view = memoryview(mapping)[offset : offset + size]
+    return view.toreadonly() if readonly else view
+
+
+# --- arrays ---------------------------------------------------------------------------------------------------------------
+
+
+def reduce_array(array: NDArray[Any], context: reducers.Context) -> reducers.Reduced:
+    """Take an array that lies in shared memory; leave any other to NumPy's own reduction."""
+    if array.base is None:  # its memory is its own
+        return NotImplemented
+    found = find(array.__array_interface__["data"][0], 0)
+    dtype = array.dtype
+    if found is None or dtype.hasobject:
+        return NotImplemented
+    strides = None if array.flags.c_contiguous else array.strides
+    # A name is shorter and faster than a dtype object; fields, byte orders and types of other libraries need the object.
+    kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
+    cls = type(array)
+    subclass = () if cls is sys.modules["numpy"].ndarray else (cls,)
+    return rebuild_array, (found[0], kind, array.shape, strides, found[1], array.flags.writeable, *subclass)
+
+
+def rebuild_array(
+    mapping: Mapping,
+    dtype: Any,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    offset: int,
+    writeable: bool,
+    cls: Any = None,
+) -> NDArray[Any]:
+    array = make_array(mapping, dtype, shape, strides, offset)
+    if not writeable:
+        array.flags.writeable = False
+    return array if cls is None else array.view(cls)
+
+
+def make_array(
+    mapping: Mapping,
+    dtype: Any,
+    shape: int | tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+    offset: int = 0,
+    order: Any = "C",
+) -> NDArray[Any]:
+    """Return an array on a mapping, which lives as long as the array does.
+
+    Raises:
+        TypeError: of Python objects.
+        ValueError: it would reach beyond the mapping.
+    """
+    import numpy as np
+
+    kind = np.dtype(dtype)
+    if kind.hasobject:
+        raise TypeError(
+            "an array of Python objects cannot be shared: they are addresses, of one process alone"
+        )
+    # Not on the mapping itself: what NumPy looks into as `buffer` it does not export, and nothing would keep the mapping from
+    # being closed below it.  The view does.
+    return np.ndarray(shape, kind, memoryview(mapping), offset, strides, order)
+
+
+for _reducer in (reduce_mapping, reduce_array):
+    reducers.beside_pickle.add(_reducer)
+reducers.known[Mapping] = reduce_mapping
+for _name in (
+    "ndarray",
+    "recarray",
+    "rec.recarray",
+    "matrix",
+):  # other subclasses may know more than their memory
+    reducers.known_by_name[f"numpy.{_name}"] = reduce_array
+reducers.resolved.clear()
+reducers.find_window = find_window

@@ -1,0 +1,158 @@
+"""``SharedMemory``: memory that several processes see, as one descriptor that travels.
+
+States: writable, and then sealed for ever; open, and then closed in this holder alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+from fdshare import mapping as mappings
+from fdshare import reducers
+from fdshare import references as _references  # noqa: F401 -- registers how what lies in it travels
+from fdshare.errors import ClosedError, DecodeError
+from fdshare.handle import Outside
+from fdshare.mapping import Mapping
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["SharedMemory"]
+
+
+class SharedMemory:
+    """Memory that every holder sees: what one writes, the others read.
+
+    It has no name and no tracker.  It travels in messages, as an argument of processes and pools and in their results, at
+    any time, and each process that receives it is a holder like any other; the kernel frees it when the last one
+    is gone, however it went.  Its size is fixed, and all of it is there from the start, zeroed.
+
+    A holder that is dropped needs no ``close``.
+
+    Args:
+        size: bytes; 0 is allowed.
+
+    Raises:
+        ValueError: ``size`` is negative.
+        NoSpaceError: there is no room for it.
+        FdLimitError: no descriptor left.
+    """
+
+    __slots__ = ("__weakref__", "_mapping", "_size")
+
+    def __init__(self, size: int) -> None:
+        self._mapping: Mapping | None = None
+        self._size = operator.index(size)
+        if self._size < 0:
+            raise ValueError(f"shared memory of {size} bytes")
+        # An empty file could not be mapped.
+        self._mapping = mappings.allocate(max(self._size, 1))
+
+    @classmethod
+    def from_buffer(cls, b: Any) -> SharedMemory:
+        """Return new shared memory with a copy of ``b``, any object with a buffer: bytes, a bytearray, an array.
+
+        Raises:
+            TypeError: ``b`` has no buffer.
+            NoSpaceError, FdLimitError: as for ``SharedMemory(size)``.
+        """
+        view = memoryview(b)
+        if not view.nbytes:
+            return cls(0)
+        view = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
+        return rebuild_memory(mappings.copy_in([view]), len(view))
+
+    @property
+    def buf(self) -> memoryview:
+        """The memory, as a new view each time; read-only once it is sealed.
+
+        A view stays good after ``close``, and keeps the memory.  Raises ClosedError where this holder is closed.
+        """
+        view = memoryview(self._open())
+        return view if len(view) == self._size else view[: self._size]
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes, known also after ``close``."""
+        return self._size
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nobody can change it any more.  Raises ClosedError where this holder is closed."""
+        return mappings.is_sealed(self._open())
+
+    def seal(self) -> None:
+        """Make it unchangeable for everybody and for ever, so that it is safe to share with strangers; twice is harmless.
+
+        The kernel sees to it.  It does so only where nothing is left that could write: no view of ``buf`` and no array on it in
+        this process, and no other process that has received it unsealed, or was forked meanwhile.
+
+        Raises:
+            SealError: something is left (errno EBUSY), and nothing has changed; or the system has no seals (ENOTSUP).
+            ClosedError: this holder is closed.
+        """
+        self._mapping = mappings.seal(self._open())
+
+    def fileno(self) -> int:
+        """Borrow the descriptor's number, as for ``mmap.mmap``.
+
+        Raises:
+            ClosedError: this holder is closed.
+        """
+        return self._open().fd
+
+    def close(self) -> None:
+        """Give this holder up; twice is harmless, and it never raises.
+
+        Views and arrays that look into the memory stay good: it is unmapped, and its descriptor closed, with the last of them.
+        """
+        self._mapping = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether this holder was closed."""
+        return self._mapping is None
+
+    def _open(self) -> Mapping:
+        if self._mapping is None:
+            raise ClosedError("this SharedMemory was closed")
+        self._mapping = mapping = self._mapping.current()
+        return mapping
+
+    def __enter__(self) -> SharedMemory:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._mapping is None:
+            return f"<SharedMemory {self._size} bytes closed>"
+        return f"<SharedMemory {self._size} bytes fd={self.fileno()}{' sealed' if self.sealed else ''}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
+        return Outside.reduce(self)
+
+
+def reduce_memory(shared: SharedMemory, context: reducers.Context) -> reducers.Reduced:
+    if shared._mapping is None:
+        raise reducers.Refused(shared, "it is closed")
+    if context.moving:
+        context.consume(shared.close)
+    return rebuild_memory, (shared._open(), shared._size)
+
+
+def rebuild_memory(mapping: Mapping, size: int) -> SharedMemory:
+    if not 0 <= size <= mapping.size_mapped:
+        raise DecodeError(f"shared memory of {size} bytes in a file of {mapping.size_mapped}")
+    shared = SharedMemory.__new__(SharedMemory)
+    shared._mapping, shared._size = mapping, size
+    return shared
+
+
+reducers.known[SharedMemory] = reduce_memory
+reducers.resolved.clear()
