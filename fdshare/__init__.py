@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fdshare.channel import Channel, Pipe
-from fdshare.credentials import PeerCredentials
+from fdshare.credentials import PeerCredentials, any_user, groups, peer_pidfd, same_user, users
 from fdshare.errors import (
     AccessDeniedError,
     ClosedError,
@@ -27,6 +27,8 @@ from fdshare.waiting import ChannelSet, wait
 
 if TYPE_CHECKING:
     from fdshare.arrays import share, shared_array
+    from fdshare.addresses import listen_fds
+    from fdshare.endpoint import Listener, connect
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
     from fdshare.shared import SharedMemory
@@ -34,9 +36,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Listener": "fdshare.endpoint",
     "ProcessPoolExecutor": "fdshare.pool.executor",
     "SharedMemory": "fdshare.shared",
     "WorkerDiedError": "fdshare.pool.errors",
+    "connect": "fdshare.endpoint",
+    "listen_fds": "fdshare.addresses",
     "share": "fdshare.arrays",
     "shared_array": "fdshare.arrays",
 }
@@ -77,6 +82,7 @@ __all__ = [
     "FdLimitError",
     "FdShareError",
     "HandoffExpiredError",
+    "Listener",
     "MessageTooLargeError",
     "NoSpaceError",
     "NotSendableError",
@@ -89,11 +95,18 @@ __all__ = [
     "SharedMemory",
     "TaskTimeoutError",
     "WorkerDiedError",
+    "any_user",
+    "connect",
+    "groups",
+    "listen_fds",
     "move",
+    "peer_pidfd",
     "recv_fds",
     "register",
+    "same_user",
     "send_fds",
     "share",
     "shared_array",
+    "users",
     "wait",
 ]

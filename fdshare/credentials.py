@@ -1,26 +1,58 @@
-"""Who is at the other end of a socket, as the kernel says."""
+"""Who is at the other end of a socket, as the kernel says, and who may be: policies.
+
+A policy is any callable that takes the peer's :class:`PeerCredentials` and tells whether it is admitted.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import struct
 import sys
+from collections.abc import Callable
 
 import attrs
 
-__all__ = ["PeerCredentials", "peer_credentials"]
+from fdshare.handle import FdHandle, HasFileno, own, to_socket
+
+__all__ = [
+    "PeerCredentials",
+    "Policy",
+    "any_user",
+    "groups",
+    "name_of",
+    "peer_credentials",
+    "peer_pidfd",
+    "same_user",
+    "users",
+]
+
+# The numbers of asm-generic/socket.h, which older socket modules lack; sparc and parisc have others.
+_SO_PEERGROUPS = 59
+_SO_PEERPIDFD = 77
+
+_MAX_OPTION = 1024
+"""Bytes of a socket option that the socket module hands through: 256 groups."""
 
 
 @attrs.frozen
 class PeerCredentials:
-    """Who is at the other end, as the kernel noted when the connection was made.
+    """Who is at the other end, as the kernel noted when the connection was made (or its listener began to listen).
 
-    ``pid`` is 0 where the system does not tell it.
+    ``pid`` is 0 where the system does not tell it; uid and gid are the effective ones.  ``groups`` are the supplementary groups
+    (None where the system does not tell them); they play no part in comparisons.
     """
 
     pid: int
     uid: int
     gid: int
+    groups: tuple[int, ...] | None = attrs.field(default=None, eq=False, repr=False)
+
+
+Policy = Callable[[PeerCredentials], bool]
+
+_CREDENTIALS = struct.Struct("3i")
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
@@ -30,12 +62,147 @@ def peer_credentials(sock: socket.socket) -> PeerCredentials:
         OSError: not connected, or the system does not tell.
     """
     if hasattr(socket, "SO_PEERCRED"):
-        layout = struct.Struct("3i")
-        return PeerCredentials(
-            *layout.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size))
-        )
+        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, gid = _CREDENTIALS.unpack(data)
+        return PeerCredentials(pid, uid, gid, _peer_groups(sock))
     # LOCAL_PEERCRED of FreeBSD and macOS: struct xucred {u_int version; uid_t uid; short ngroups; gid_t groups[16]; ...}
     data = sock.getsockopt(0, 1, 4 + 4 + 4 + 16 * 4 + 8)
-    _, uid, groups, gid = struct.unpack_from("IIhxxI", data)
+    _, uid, count = struct.unpack_from("IIh", data)
+    gids = struct.unpack_from(f"{min(max(count, 0), 16)}I", data, 12)
     pid = struct.unpack("i", sock.getsockopt(0, 2, 4))[0] if sys.platform == "darwin" else 0  # LOCAL_PEERPID
-    return PeerCredentials(pid, uid, gid if groups else -1)
+    return PeerCredentials(pid, uid, gids[0] if gids else -1, gids[1:])
+
+
+def _peer_groups(sock: socket.socket) -> tuple[int, ...] | None:
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_OPTION)
+    except OSError:  # Linux before 4.13, or more than 256 groups
+        return None
+    return struct.unpack(f"{len(data) // 4}I", data)
+
+
+def peer_pidfd(channel: HasFileno) -> FdHandle | None:
+    """Return a pidfd of the process at the other end, by which its pid cannot be mistaken for a later process's.
+
+    It is the process that made the connection, or the one that let the listener listen.  It polls as readable once that
+    process has ended; ``signal.pidfd_send_signal`` takes it.
+
+    Args:
+        channel: a Channel, or a connected AF_UNIX socket.
+
+    Returns:
+        the pidfd, now the caller's; None where the system has none for sockets (Linux has since 6.5).
+
+    Raises:
+        ProcessLookupError: that process has ended and was waited for (before Linux 6.16).
+        OSError: not connected.
+    """
+    with to_socket(FdHandle.dup(channel)) as sock:
+        try:
+            return own(sock.getsockopt, socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError as error:
+            if error.errno in (errno.ENOPROTOOPT, errno.EINVAL, errno.EOPNOTSUPP):
+                return None
+            raise
+
+
+# --- policies -------------------------------------------------------------------------------------------------------------
+
+
+def same_user(peer: PeerCredentials) -> bool:
+    """Admit the processes of this process's own (effective) user; the default of both sides.
+
+    Raises:
+        nothing.
+    """
+    return peer.uid == os.geteuid()
+
+
+def any_user(peer: PeerCredentials) -> bool:
+    """Admit everybody whom the file's mode lets through: only for codecs without pickle.
+
+    Raises:
+        nothing.
+    """
+    return True
+
+
+@attrs.frozen
+class _Users:
+    uids: frozenset[int]
+
+    def __call__(self, peer: PeerCredentials) -> bool:
+        return peer.uid in self.uids
+
+    def __str__(self) -> str:
+        return f"users({', '.join(map(str, sorted(self.uids)))})"
+
+
+@attrs.frozen
+class _Groups:
+    gids: frozenset[int]
+
+    def __call__(self, peer: PeerCredentials) -> bool:
+        return peer.gid in self.gids or not self.gids.isdisjoint(
+            _groups_by_name(peer.uid, peer.gid) if peer.groups is None else peer.groups
+        )
+
+    def __str__(self) -> str:
+        return f"groups({', '.join(map(str, sorted(self.gids)))})"
+
+
+def _groups_by_name(uid: int, gid: int) -> list[int]:
+    """Return the groups that the system's database gives to a user; none for an unknown one."""
+    import pwd
+
+    try:
+        return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+    except (KeyError, OSError):
+        return []
+
+
+def users(*names_or_uids: str | int) -> Policy:
+    """Return a policy that admits these users; the own one only if named.
+
+    Args:
+        names_or_uids: user names, or numbers.
+
+    Raises:
+        LookupError: no such user.
+        TypeError: neither a name nor a number.
+    """
+    import pwd
+
+    return _Users(frozenset(_number(one, lambda name: pwd.getpwnam(name).pw_uid) for one in names_or_uids))
+
+
+def groups(*names_or_gids: str | int) -> Policy:
+    """Return a policy that admits processes in one of these groups, by their own group or a supplementary one.
+
+    Args:
+        names_or_gids: group names, or numbers.
+
+    Raises:
+        LookupError: no such group.
+        TypeError: neither a name nor a number.
+    """
+    import grp
+
+    return _Groups(frozenset(_number(one, lambda name: grp.getgrnam(name).gr_gid) for one in names_or_gids))
+
+
+def _number(one: str | int, look_up: Callable[[str], int]) -> int:
+    if isinstance(one, str):
+        return look_up(one)
+    if isinstance(one, bool) or not isinstance(one, int):
+        raise TypeError(f"a name or a number is needed, not {type(one).__name__}")
+    return one
+
+
+def name_of(policy: Policy) -> str:
+    """Return what messages call a policy."""
+    return (
+        str(policy)
+        if isinstance(policy, _Users | _Groups)
+        else getattr(policy, "__name__", type(policy).__name__)
+    )

@@ -1,0 +1,274 @@
+"""Sockets by address: a listening one, a connected one, and those that were inherited from who started this process.
+
+Nothing here speaks the protocol: what comes out are plain sockets.  An abstract name begins with a zero byte, as in the
+kernel's interface, since every other first character is one of a path.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+import sys
+import time
+
+from fdshare import socketfile
+from fdshare.handle import FdHandle, as_fd, to_socket
+
+__all__ = ["Address", "connected_socket", "inherited_socket", "listen_fds", "listening_socket"]
+
+Address = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+DEFAULT_BACKLOG = 128
+"""Connections that the kernel keeps until they are accepted; the system may allow fewer (net.core.somaxconn of Linux)."""
+
+MAX_ABSTRACT = 107
+"""Bytes of an abstract name on Linux, without the zero byte in front of it."""
+
+FIRST_LISTEN_FD = 3
+"""SD_LISTEN_FDS_START: the first descriptor that a service manager hands over."""
+
+MAX_LISTEN_FDS = 65536
+"""Most descriptors that LISTEN_FDS may speak of: more than any service has, fewer than would keep us busy."""
+
+_TYPES = {"seqpacket": getattr(socket, "SOCK_SEQPACKET", None), "stream": socket.SOCK_STREAM}
+_NONBLOCK = int(getattr(socket, "SOCK_NONBLOCK", 0))
+
+
+def _text(address: Address) -> str:
+    """Return an address as text, checked.
+
+    Raises:
+        ValueError: empty, a zero byte inside, an abstract name that is too long or has no place on this system.
+    """
+    text = os.fsdecode(address)
+    if text[:1] == "\0":
+        if sys.platform != "linux":
+            raise ValueError("abstract names exist on Linux only: use a path")
+        if not 0 < len(os.fsencode(text)) - 1 <= MAX_ABSTRACT:
+            raise ValueError(f"an abstract name has 1 to {MAX_ABSTRACT} bytes")
+    elif not text:
+        raise ValueError("an address is the path of a socket; it is empty")
+    elif "\0" in text:
+        raise ValueError("a zero byte inside a path (abstract names begin with one)")
+    return text
+
+
+def _new_socket(transport: str | None) -> socket.socket:
+    """Return a new socket that does not block.
+
+    Raises:
+        ValueError: an unknown name.
+        OSError: the system has no such sockets, or no descriptor is left.
+    """
+    if transport not in (None, "seqpacket", "stream"):
+        raise ValueError(f"transport is 'seqpacket', 'stream' or None, not {transport!r}")
+    kind = _TYPES[transport or "seqpacket"]
+    if kind is not None:
+        try:
+            return _nonblocking(kind)
+        except OSError as error:
+            if transport or error.errno not in (
+                errno.EPROTONOSUPPORT,
+                errno.ESOCKTNOSUPPORT,
+                errno.EPROTOTYPE,
+            ):
+                raise
+    elif transport:
+        raise OSError(errno.EPROTONOSUPPORT, "this system has no SEQPACKET sockets")
+    return _nonblocking(socket.SOCK_STREAM)
+
+
+def _nonblocking(kind: int) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, kind | _NONBLOCK)
+    if not _NONBLOCK:
+        sock.setblocking(False)
+    return sock
+
+
+def listening_socket(
+    address: Address, *, backlog: int = DEFAULT_BACKLOG, mode: int = 0o600, transport: str | None = None
+) -> tuple[socket.socket, socketfile.Identity | None]:
+    """Return a listening socket that does not block, and which file it is (None for an abstract name).
+
+    Args:
+        address: a path, or an abstract name: one that begins with a zero byte.
+        backlog: as for listen(2).
+        mode: permission bits of the socket's file.
+        transport: "seqpacket", "stream", or None for the best that the system has.
+
+    Raises:
+        ValueError: a bad address, mode or transport.
+        OSError: EADDRINUSE where somebody listens there; what the directory says.
+    """
+    text = _text(address)
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"mode is permission bits, not {mode:#o}")
+    sock = _new_socket(transport)
+    try:
+        if text[0] == "\0":
+            try:
+                sock.bind(os.fsencode(text))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise OSError(error.errno, "somebody has this abstract name already", text) from error
+                raise
+            sock.listen(backlog)
+            return sock, None
+        return sock, socketfile.listen_at(sock, os.path.abspath(text), mode, backlog)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def connected_socket(
+    address: Address, *, timeout: float | None = None, transport: str | None = None
+) -> socket.socket:
+    """Return a blocking socket that is connected to a listener; nothing was said or checked yet.
+
+    Args:
+        timeout: seconds to wait while the listener's backlog is full; None waits for ever.
+
+    Raises:
+        FileNotFoundError, ConnectionRefusedError, PermissionError, TimeoutError, OSError: says what to do.
+    """
+    text = _text(address)
+    sock = _new_socket(transport)
+    try:
+        if text[0] == "\0":
+            _connect(sock, os.fsencode(text), timeout)
+        else:
+            with socketfile.short_for_connect(text) as short:
+                _connect(sock, short, timeout)
+    except OSError as error:
+        sock.close()
+        raise _explained(error, text, sock) from error
+    except BaseException:
+        sock.close()
+        raise
+    sock.setblocking(True)
+    return sock
+
+
+def _connect(sock: socket.socket, address: str | bytes, timeout: float | None) -> None:
+    try:
+        sock.connect(address)
+        return
+    except BlockingIOError:  # the backlog is full: there is nothing to poll for, so the kernel must wait
+        pass
+    deadline = None if timeout is None else time.monotonic() + timeout
+    # A socket that Python believes not to block: where it waits itself, it takes EINTR for a success.
+    os.set_blocking(sock.fileno(), True)
+    while True:
+        left = 0.0 if deadline is None else max(deadline - time.monotonic(), 1e-6)
+        sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(left), int(left % 1 * 1e6))
+        )
+        try:
+            sock.connect(address)
+        except InterruptedError:
+            continue
+        except BlockingIOError as error:
+            raise TimeoutError(
+                errno.ETIMEDOUT, f"the listener's backlog is full, for {timeout:g} s now: it does not accept"
+            ) from error
+        break
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
+
+
+def _explained(error: OSError, address: str, sock: socket.socket) -> OSError:
+    """Return the error with what to do about it."""
+    number, text = error.errno, error.strerror
+    if number == errno.ENOENT:
+        text = "nobody listens here, there is no such file: start the listener first, or correct the path"
+    elif number == errno.ECONNREFUSED:
+        if address[0] == "\0":
+            text = "nobody listens at this abstract name: start the listener first"
+        elif _is_socket(address):
+            text = (
+                "nobody listens here any more: the listener has ended; start it again, it replaces the file"
+            )
+        else:
+            text = "this file is no socket"
+    elif number == errno.EPROTOTYPE:
+        other = "stream" if sock.type == socket.SOCK_SEQPACKET else "seqpacket"
+        text = f"the listener uses another type of socket: give connect transport={other!r}, or the listener another one"
+    elif number in (errno.EACCES, errno.EPERM):
+        text = "this user may not connect: the mode of the socket's file, or of a directory on the way, forbids it"
+    elif number is None:
+        return error
+    return OSError(number, text, address.replace("\0", "@"))  # of the subclass that fits the number
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return True  # cannot be told
+
+
+def inherited_socket(given: FdHandle | socket.socket | int, backlog: int = DEFAULT_BACKLOG) -> socket.socket:
+    """Take over a listening socket that somebody else has made, and let it not block; where it does not fit it stays as it was.
+
+    It listens anew, so that clients see this process's credentials, and no longer those of the service manager.
+
+    Args:
+        given: an FdHandle or socket, which are spent, or a descriptor's number, which belongs to the result.
+
+    Raises:
+        ValueError: not a listening AF_UNIX socket, SEQPACKET or STREAM.
+        OSError: not open, or not a socket.
+    """
+    number = as_fd(given)
+    with to_socket(FdHandle.dup(number)) as probe:
+        fits = (
+            probe.family == socket.AF_UNIX
+            and probe.type in _TYPES.values()
+            and probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        )
+        if not fits:
+            raise ValueError(
+                f"descriptor {number} is no listening AF_UNIX socket (systemd: ListenSequentialPacket= or ListenStream= "
+                "with a path)"
+            )
+        kind = probe.type
+    handle = FdHandle(number if isinstance(given, int) else given.detach())
+    sock = to_socket(handle, socket.AF_UNIX, kind, 0)
+    try:
+        sock.set_inheritable(False)
+        sock.setblocking(False)
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_fds() -> list[tuple[str, FdHandle]]:
+    """Take over the descriptors that a service manager hands to this process (sd_listen_fds(3): socket activation).
+
+    Reads ``LISTEN_PID``, ``LISTEN_FDS`` and ``LISTEN_FDNAMES``, and removes them from the environment, so that a second call, and
+    child processes, find nothing.
+
+    Returns:
+        name and handle of each, in their order, for ``Listener(handle)``; the name is "unknown" where none was given.  An empty
+        list where nothing was handed over, or to another process.
+
+    Raises:
+        ValueError: the variables are not numbers, or out of bounds.
+        OSError: one of the descriptors is not open.
+    """
+    pid, count, names = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    if not (pid and count) or int(pid) != os.getpid():
+        return []
+    if not 0 <= int(count) <= MAX_LISTEN_FDS:
+        raise ValueError(f"LISTEN_FDS is {count}; MAX_LISTEN_FDS is {MAX_LISTEN_FDS}")
+    numbers = range(FIRST_LISTEN_FD, FIRST_LISTEN_FD + int(count))
+    labels = names.split(":") if names else []
+    if len(labels) != len(numbers):
+        labels = ["unknown"] * len(numbers)
+    for number in numbers:
+        os.set_inheritable(number, False)
+    return [(label, FdHandle(number)) for label, number in zip(labels, numbers, strict=True)]

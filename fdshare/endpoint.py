@@ -1,0 +1,387 @@
+"""``Listener`` and ``connect``: two programs find each other by a path, and know who the other is.
+
+    connect                                    Listener
+    kernel: connected, perhaps not accepted
+    is the listener's user admitted? --no--> REFUSED, AccessDeniedError
+    hello -->
+    (connect returns)                          accept: is the peer's user admitted? --no--> REFUSED, next one
+                                               <-- hello
+                                               (accept returns)
+    before the first message it takes, each side checks the other's hello
+
+Nobody waits for a hello, so a program may do both in one thread, and a silent client delays no other one: what its
+handler waits for is its first message, with a timeout of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+import time
+import warnings
+from collections.abc import Iterator
+from itertools import starmap
+from typing import TYPE_CHECKING, Any
+
+from fdshare import hello, reducers, rights, socketfile
+from fdshare.addresses import DEFAULT_BACKLOG, Address, connected_socket, inherited_socket, listening_socket
+from fdshare.channel import Channel
+from fdshare.codec import Codec
+from fdshare.credentials import PeerCredentials, Policy, name_of, peer_credentials, same_user
+from fdshare.errors import AccessDeniedError, ClosedError, FdLimitError
+from fdshare.greeting import greet, hello_of, look_for_hello, refuse
+from fdshare.handle import FdHandle, Outside, to_socket, unarmed
+from fdshare.transport import Transport
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["Listener", "connect", "objection"]
+
+
+def objection(peer: PeerCredentials, allow: Policy) -> str | None:
+    """Hold a peer against a policy; return why it is not admitted, None where it is.  A policy that fails admits nobody."""
+    try:
+        if allow(peer):
+            return None
+        why = "does not admit it"
+    except Exception as error:  # noqa: BLE001 -- a policy may raise anything, and must not end who calls accept
+        why = f"failed with {type(error).__name__}: {error}"
+    return f"uid {peer.uid} (pid {peer.pid}): the policy {name_of(allow)} {why}"
+
+
+class Listener:
+    """Listens at an address, and gives a :class:`Channel` for each peer that is admitted.
+
+    The socket's file appears listening and with its mode, takes the place of a dead listener's, and is removed by ``close``,
+    in the process that made it, unless something else is there by then.  Usable by several threads at once, and by
+    several processes: it travels in messages.  ``fileno()`` is readable when ``accept`` has something to do.
+
+    Args:
+        address: the path of the socket, of any length; an abstract name (Linux), which begins with a zero byte; or a listening
+            socket that is there already (see :func:`listen_fds`): an FdHandle, a socket or a descriptor, now the listener's.
+        backlog: connections that wait to be accepted; the system may allow fewer.
+        allow: who is admitted: a callable that takes PeerCredentials.  Those who are not are told, and accept goes on.
+        codec: how objects become bytes; None for pickle, which is for users who trust each other.
+        mode: permission bits of the socket's file; connecting takes the permission to write.
+        transport: "seqpacket", "stream", or None for the best that the system has.
+
+    Raises:
+        OSError: EADDRINUSE where somebody listens there; what the directory says.
+        ValueError: a bad address, mode or transport, or not a listening AF_UNIX socket.
+    """
+
+    def __init__(
+        self,
+        address: Address | FdHandle | socket.socket | int,
+        *,
+        backlog: int = DEFAULT_BACKLOG,
+        allow: Policy = same_user,
+        codec: Codec | None = None,
+        mode: int = 0o600,
+        transport: str | None = None,
+    ) -> None:
+        if isinstance(address, FdHandle | socket.socket | int):
+            sock, identity = inherited_socket(address, backlog), None
+            name = os.fsdecode(sock.getsockname())
+        else:
+            sock, identity = listening_socket(address, backlog=backlog, mode=mode, transport=transport)
+            name = os.fsdecode(address)
+        try:
+            self._start(sock, name, identity, allow, codec)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _start(
+        self,
+        sock: socket.socket,
+        address: str,
+        identity: socketfile.Identity | None,
+        allow: Policy,
+        codec: Codec | None,
+    ) -> None:
+        self._address = address
+        self._path = os.path.abspath(address) if identity else ""
+        self._identity = identity  # of the file, while it is for us to remove
+        self._owner = os.getpid()
+        self._allow = allow
+        self._codec = codec
+        self._hello = hello_of(codec)
+        self._hello_bytes = hello.pack(self._hello)
+        self._kind = sock.type
+        self._door = Transport(sock)  # for its way of waiting, and of closing under who waits
+
+    # --- accepting ---------------------------------------------------------------------------------------------------------
+
+    def accept(self, timeout: float | None = None) -> Channel:
+        """Wait for the next peer that is admitted.
+
+        The peer need not have said anything: what is wrong with its hello is an error of the channel's first ``recv``.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            TimeoutError: nobody came who is admitted.
+            ClosedError: the listener is closed, also by another thread while this one waited.
+            FdLimitError: no descriptor left; who has connected stays queued.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            sock = self._accept_now()
+            if sock is not None:
+                channel = self._admit(sock)
+                if channel is not None:
+                    return channel
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError("nobody connected who is admitted")
+            if sock is None:
+                self._wait(deadline)
+
+    def __iter__(self) -> Iterator[Channel]:
+        """Yield a channel for each peer, until the listener is closed."""
+        while True:
+            try:
+                channel = self.accept()
+            except ClosedError:
+                return
+            yield channel
+            del channel  # it is the caller's alone
+
+    def _accept_now(self) -> socket.socket | None:
+        """Take the next connection; None where there is none."""
+        self._check_open()
+        handle = unarmed()
+        try:
+            # Stored by the loop itself, so that no interrupt comes between the call and the owner.
+            for handle._fd, _ in starmap(self._door.sock._accept, ((),)):  # type: ignore[attr-defined]  # of C
+                break
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                limit = rights.descriptor_limit()
+                raise FdLimitError(
+                    error.errno,
+                    f"no descriptor left for a connection (limit {limit}): it stays queued; close some",
+                    needed=1,
+                    limit=limit,
+                ) from error
+            self._check_open()
+            raise
+        return to_socket(handle, socket.AF_UNIX, self._kind, 0)
+
+    def _admit(self, sock: socket.socket) -> Channel | None:
+        """Return a channel for a new connection; None where its peer was refused, or has gone."""
+        try:
+            why = objection(peer_credentials(sock), self._allow)
+            if why:
+                _log.info("a connection to %r was refused: %s", self._address, why)
+                refuse(sock, why)
+                return None
+            channel = Channel(sock, codec=self._codec)
+            try:
+                greet(channel, self._hello, self._hello_bytes)
+                look_for_hello(channel)
+            except BaseException:
+                channel.close()
+                raise
+            return channel
+        except BaseException:
+            sock.close()
+            raise
+
+    def _wait(self, deadline: float | None) -> None:
+        try:
+            found = self._door.wait(select.POLLIN, deadline)
+        except ClosedError:
+            raise _closed() from None
+        if not found:
+            raise TimeoutError("nobody connected who is admitted")
+
+    def _check_open(self) -> None:
+        if self._door.closed:
+            raise _closed()
+        self._door.check_open()
+
+    # --- the address, the descriptor, the end ------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as it was given; an abstract name begins with a zero byte.
+
+        Raises:
+            nothing.
+        """
+        return self._address
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed in this process.
+
+        Raises:
+            nothing.
+        """
+        return self._door.closed
+
+    @property
+    def transport(self) -> str:
+        """What its channels use: "seqpacket" or "stream".
+
+        Raises:
+            nothing.
+        """
+        return "stream" if self._kind == socket.SOCK_STREAM else "seqpacket"
+
+    def fileno(self) -> int:
+        """Borrow the descriptor's number, for selectors and :func:`fdshare.wait`.
+
+        Raises:
+            ClosedError: the listener is closed.
+        """
+        self._check_open()
+        return self._door.sock.fileno()
+
+    def close(self) -> None:
+        """Stop listening: who waits in ``accept`` gets ClosedError, who is queued is disconnected.  Twice is harmless.
+
+        Raises:
+            OSError: as close(2).
+        """
+        if self._door.closed:
+            return
+        # While the file is there, somebody listens: otherwise another one could replace it just before it is removed.
+        self._remove_file()
+        self._door.close()
+
+    def _remove_file(self) -> None:
+        identity, self._identity = self._identity, None
+        if identity is not None and self._owner == os.getpid():
+            try:
+                socketfile.remove(self._path, identity)
+            except OSError as error:  # as after a change of user; the next listener replaces it
+                _log.warning("the socket %r stays behind: %s", self._path, error)
+
+    def _give_away(self) -> None:
+        """Close, and leave the file to who has the listener now."""
+        self._identity = None
+        self._door.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"fd={self._door.sock.fileno()}"
+        return f"<Listener {state} {self.transport} {self._address!r}>"
+
+    def __del__(self) -> None:
+        door = getattr(self, "_door", None)  # unset where __init__ raised
+        if door is not None and not door.closed:
+            text = f"unclosed {self!r}"
+            try:
+                self.close()
+            finally:
+                warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
+        return Outside.reduce(self)
+
+
+_log = logging.getLogger("fdshare")
+
+
+def _closed() -> ClosedError:
+    return ClosedError("this listener was closed")
+
+
+def connect(
+    address: Address,
+    *,
+    timeout: float | None = None,
+    allow: Policy = same_user,
+    codec: Codec | None = None,
+    transport: str | None = None,
+) -> Channel:
+    """Connect to a :class:`Listener`; return as soon as the kernel has the connection, also before it is accepted.
+
+    Args:
+        address: as for the listener: a path, or an abstract name.
+        timeout: seconds to wait while the listener's backlog is full; None waits for ever.
+        allow: which user may be listening there: a callable that takes PeerCredentials, those of whom called listen(2).
+        codec: how objects become bytes, the same as the listener's; None for pickle.
+        transport: "seqpacket", "stream", or None for the best that the system has, as the listener.
+
+    Raises:
+        FileNotFoundError, ConnectionRefusedError: nobody listens there.
+        AccessDeniedError: another user listens there.
+        PermissionError: this user may not connect.
+        TimeoutError: the backlog stayed full.
+        OSError: EPROTOTYPE: the listener has another transport.
+        ValueError: a bad address or transport.
+    """
+    ours = hello_of(codec)
+    data = hello.pack(ours)
+    sock = connected_socket(address, timeout=timeout, transport=transport)
+    try:
+        why = objection(peer_credentials(sock), allow)
+        if why:
+            refuse(sock, why)
+            raise AccessDeniedError(f"the listener at {os.fsdecode(address)!r} is not trusted here: {why}")
+        channel = Channel(sock, codec=codec)
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        greet(channel, ours, data)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+# --- how a listener travels --------------------------------------------------------------------------------------------------
+
+
+def reduce_listener(listener: Listener, context: reducers.Context) -> reducers.Reduced:
+    if listener.closed:
+        raise reducers.Refused(listener, "it is closed")
+    path, identity = "", None
+    if context.moving:
+        context.consume(listener._give_away)
+        if listener._owner == os.getpid():
+            path, identity = listener._path, listener._identity
+    index = context.lend(listener.fileno(), listener)
+    return rebuild_listener, (index, listener._address, path, identity, listener._allow, listener._codec)
+
+
+def rebuild_listener(
+    index: int,
+    address: str,
+    path: str,
+    identity: socketfile.Identity | None,
+    allow: Policy,
+    codec: Codec | None,
+) -> Listener:
+    sock = to_socket(reducers.take(index, stat.S_IFSOCK))
+    listener = Listener.__new__(Listener)
+    try:
+        listener._start(sock, address, identity, allow, codec)
+    except BaseException:
+        sock.close()
+        raise
+    listener._path = path
+    return reducers.built(listener)
+
+
+reducers.known[Listener] = reduce_listener
