@@ -98,6 +98,18 @@ def ls(arguments: argparse.Namespace) -> int:
     return list_descriptors(arguments.pid, as_json_text=arguments.json)
 
 
+@command(argument("--json", action="store_true", help="print one JSON object"))
+def doctor(arguments: argparse.Namespace) -> int:
+    """Tell what this system offers: each thing is tried, and what is missing or tight comes with advice.
+
+    Each line is ok, warn or missing.  The exit code is 1 where something is missing without which fdshare cannot work, and
+    0 otherwise, warnings or not.
+    """
+    from fdshare.doctor import main as examine
+
+    return examine(as_json=arguments.json)
+
+
 # --- around them --------------------------------------------------------------------------------------------------------
 
 

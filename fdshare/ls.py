@@ -44,7 +44,7 @@ def main(pid: int | None, *, as_json_text: bool) -> int:
 def soft_limit(pid: int) -> int | None:
     """Return the most descriptors that a process may open (the soft limit); None where the system does not tell."""
     try:
-        with open(f"/proc/{pid}/limits", encoding="ascii", errors="replace") as limits:
+        with open(f"/proc/{pid}/limits", encoding="utf-8", errors="replace") as limits:
             for line in limits:
                 if line.startswith("Max open files"):
                     return int(line.split()[3])

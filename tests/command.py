@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-W", "error", "-m", "fdshare"]
@@ -37,3 +40,30 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
         "text": True,
     }
     return subprocess.Popen([*COMMAND, *map(str, arguments)], cwd=ROOT, **given | options)
+
+
+AS_NOBODY = """
+import email.parser, multiprocessing.connection, multiprocessing.popen_fork, os, sys  # loaded while the files can still be read
+import fdshare.doctor, fdshare.ls
+from fdshare.cli import main
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_as_nobody(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``fdshare ARGUMENTS``, started by root, as the user nobody."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become somebody else")
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", AS_NOBODY, *map(str, arguments)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+        **options,
+    )
