@@ -77,6 +77,9 @@ class Channel:
         self._encode = self._codec.encode
         # The fast paths: bare pickles, where the kernel keeps packets apart.
         transport.bare = codec is None and transport.name == "seqpacket"
+        limits = getattr(codec, "limits", None)
+        if limits is not None:
+            transport.restrict(limits)
         transport.plain = transport.bare and readable
         self._send_bare = sock.send if transport.bare and writable else None
         self._few = transport if writable and isinstance(transport, SeqpacketTransport) else None
@@ -261,6 +264,8 @@ class Channel:
                 return False
             if self._transport.has_message():
                 break
+            if deadline is not None and time.monotonic() >= deadline:
+                return False  # a peer that sends nothing but notices does not keep us
         return True
 
     # --- the slow path -----------------------------------------------------------------------------------------------------
@@ -303,7 +308,8 @@ class Channel:
             self._with_bundle(header, payload, fds, deadline)
             return
         reservation = transport.in_flight.reserve(header.segment_size, deadline)
-        header, segment = plan.write_segment(transport if self._codec is _PICKLE else None)
+        user = transport if self._codec is _PICKLE else None
+        header, segment = plan.write_segment(user, piped=transport.limits is None)
         with segment:
             self._with_bundle(header, payload, [*fds, segment.fileno()], deadline)
             transport.in_flight.note(reservation)

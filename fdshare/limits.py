@@ -34,7 +34,8 @@ class Limits(NamedTuple):
     @property
     def carried(self) -> int:
         """Most descriptors that an honest packet brings: a bundle is one, a segment is one more."""
-        return min(self.max_fds + (self.max_bytes > wire.MAX_INLINE), wire.MAX_FDS_PER_PACKET)
+        # Beyond ALWAYS_INLINE a payload may come in a segment.
+        return min(self.max_fds + (self.max_bytes > wire.ALWAYS_INLINE), wire.MAX_FDS_PER_PACKET)
 
     def check(self, header: wire.Header) -> None:
         """Refuse what is over a bound, or not of this kind of channel.
@@ -57,7 +58,7 @@ class Limits(NamedTuple):
             raise DecodeError(
                 f"a message of {header.payload_size} bytes arrived; max_bytes is {self.max_bytes}"
             )
-        if header.descriptors > self.max_fds:
+        if header.descriptors > self.max_fds or header.carried > self.carried:
             raise DecodeError(
-                f"a message of {header.descriptors} descriptors arrived; at most {self.max_fds} are allowed (recv_fds)"
+                f"a message of {header.total} descriptors arrived; {self.max_fds} are allowed beside a segment (recv_fds)"
             )

@@ -34,8 +34,8 @@ __all__ = ["HAVE_MEMFD", "HAVE_PIPE_SIZE", "Form", "map_segment", "prepare_to_ma
 
 T = TypeVar("T")
 
-Form = Literal["sealed", "leased", "copied"]
-"""What a receiver may do with a segment: map it, map it where it trusts the sender, copy it."""
+Form = Literal["sealed", "leased", "copied", "checked"]
+"""What a receiver may do with a segment: map it, map it where it trusts the sender, copy it; copy it once it is sealed."""
 
 HAVE_MEMFD = hasattr(os, "memfd_create")
 """Whether segments are memfds; read at each use, so that tests can switch it off."""
@@ -61,12 +61,13 @@ _IOV_MAX = 1024
 _NO_SPACE = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT)
 
 
-def write_segment(parts: Iterable[Any], user: object = None) -> tuple[FdHandle, Form]:
+def write_segment(parts: Iterable[Any], user: object = None, *, piped: bool = True) -> tuple[FdHandle, Form]:
     """Write ``parts`` (bytes-like, in order) into a segment.
 
     Args:
         user: on whose behalf segments may be recycled, see :func:`recycle.lease`; None where they may not, as for a receiver
             that does not trust this process.
+        piped: whether a pipe will do; it does not where the receiver must be sure that no read blocks.
 
     Returns:
         the segment's handle, and what it is.
@@ -82,7 +83,7 @@ def write_segment(parts: Iterable[Any], user: object = None) -> tuple[FdHandle, 
             leased = recycle.lease(views, size, user)
             if leased is not None:
                 return leased, "leased"
-        if HAVE_PIPE_SIZE and size <= MAX_PIPE:
+        if piped and HAVE_PIPE_SIZE and size <= MAX_PIPE:
             pipe = _write_pipe(views, size)
             if pipe is not None:
                 return pipe, "copied"
@@ -181,16 +182,18 @@ def map_segment(handle: FdHandle, size: int, form: Form) -> memoryview:
             return memoryview(bytearray())
         if form == "copied":
             return _mapped(_read, fd, size)
-        actual = os.fstat(fd).st_size
-        if actual < size:
-            raise DecodeError(f"a segment has {actual} bytes where its message says {size}")
-        try:
+        try:  # first of all: of a memfd nothing blocks, where a mere fstat may on a file system of the sender's own
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError as error:
             raise DecodeError("a message's segment is not a memfd") from error
-        needed = fcntl.F_SEAL_SHRINK | (fcntl.F_SEAL_WRITE if form == "sealed" else 0)
+        needed = fcntl.F_SEAL_SHRINK | (0 if form == "leased" else fcntl.F_SEAL_WRITE)
         if seals & needed != needed:
             raise DecodeError(f"a message's segment is not sealed (seals {seals:#x})")
+        actual = os.fstat(fd).st_size
+        if actual < size:
+            raise DecodeError(f"a segment has {actual} bytes where its message says {size}")
+        if form == "checked":
+            return _mapped(_read, fd, size)
         return memoryview(_mapped(_map_private, fd, size))
 
 

@@ -22,17 +22,17 @@ class Plan(NamedTuple):
     parts: list[Any] | None
     """Bytes-like pieces of the segment; None without one."""
 
-    def write_segment(self, user: object) -> tuple[wire.Header, FdHandle]:
+    def write_segment(self, user: object, *, piped: bool = True) -> tuple[wire.Header, FdHandle]:
         """Write the segment; return the header that says what it is, and its handle.
 
         Args:
-            user: as for ``memory.write_segment``.
+            user, piped: as for ``memory.write_segment``.
 
         Raises:
             NoSpaceError, FdLimitError
         """
         assert self.parts is not None
-        segment, form = memory.write_segment(self.parts, user)
+        segment, form = memory.write_segment(self.parts, user, piped=piped)
         return self.header._replace(flags=self.header.flags | _FLAG[form]), segment
 
 
@@ -64,6 +64,8 @@ def plan(out: Outgoing, type: int, inline: int, nonce: int) -> Plan:
 def _form(flags: int, trusted: bool) -> memory.Form:
     if flags & wire.FILE or (flags & wire.LEASED and not trusted):
         return "copied"
+    if not trusted:
+        return "checked"
     return "leased" if flags & wire.LEASED else "sealed"
 
 
@@ -73,7 +75,8 @@ def open_packet(
     """Put a packet and its segment together; close its descriptors where that fails.
 
     Args:
-        trusted: whether the sender is; False copies a segment that it could still write.
+        trusted: whether the sender is; False copies its segment, for a mapping would put pages that a sparse file lacks on our
+            account, for as long as the sender keeps it.
     """
     if header is None or not header.flags & wire.SEGMENT:
         return Incoming(payload, handles)

@@ -25,9 +25,18 @@ from fdshare.wire import MAX_FDS_PER_PACKET
 
 __all__ = ["Arrived", "recv_fds", "send_fds"]
 
-CONTROL_SIZE = socket.CMSG_SPACE(4 * MAX_FDS_PER_PACKET) + 64
-"""Bytes of control buffer for every read: the most descriptors of one packet, and credentials, should somebody ask for them.
+_CREDENTIALS = 64
+"""Bytes for credentials and a pidfd, should somebody ask for them."""
+
+CONTROL_SIZE = socket.CMSG_SPACE(4 * MAX_FDS_PER_PACKET) + _CREDENTIALS
+"""Bytes of control buffer for every read: the most descriptors of one packet, and credentials.
 A smaller one would lose descriptors, and leak them on macOS."""
+
+
+def control_size(descriptors: int) -> int:
+    """Return the bytes of control buffer for so many descriptors of one packet, and for credentials."""
+    return socket.CMSG_SPACE(4 * descriptors) + _CREDENTIALS
+
 
 _SCM_PIDFD = 4 if sys.platform == "linux" else -1  # absent from the socket module
 
@@ -218,9 +227,10 @@ def unbundle(bundle: FdHandle, total: int) -> Handles:
             while len(handles) < total:
                 for batch in map(Arrived, starmap(sock.recvmsg, ((1, CONTROL_SIZE, CLOEXEC | NOW),))):
                     adopted = batch.adopt()
+                    count = len(adopted)
                     handles += adopted
                     adopted.release()
-                if not batch[0] or batch[2] & CONTROL_TRUNCATED:
+                if not count or batch[2] & CONTROL_TRUNCATED:  # bytes alone could go on for ever
                     break
     except OSError as error:
         handles.close()

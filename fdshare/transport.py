@@ -28,12 +28,13 @@ import threading
 import time
 from collections.abc import Sequence
 from itertools import repeat, starmap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fdshare import memory, recycle, rights, wire
 from fdshare.errors import (
     AccessDeniedError,
     ClosedError,
+    DecodeError,
     FdLimitError,
     NotSendableError,
     PeerClosedError,
@@ -63,6 +64,21 @@ def _count_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_count_fork)
+
+
+_SO_PASSRIGHTS = 83
+"""Of Linux 6.16, absent from the socket module: whether descriptors may come at all."""
+
+
+class Limits(Protocol):
+    """Bounds on what a peer that is not trusted may send."""
+
+    @property
+    def carried(self) -> int:
+        """Most descriptors with one packet."""
+
+    def check(self, header: wire.Header) -> None:
+        """Raise DecodeError for a message that must be dropped, ProtocolError where the channel must be closed."""
 
 
 class Packet(NamedTuple):
@@ -115,11 +131,9 @@ class Transport:
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         self.sock = sock
         self.closed = False
+        self.limits: Limits | None = None
         self.arrived: Any = None  # a result of recvmsg that nobody has taken yet
-        self.arrivals = starmap(sock.recvmsg, repeat((wire.PACKET_SIZE, rights.CONTROL_SIZE, rights.CLOEXEC)))
-        self.arrivals_now = starmap(
-            sock.recvmsg, repeat((wire.PACKET_SIZE, rights.CONTROL_SIZE, rights.CLOEXEC | rights.NOW))
-        )
+        self._read_with(rights.CONTROL_SIZE)
         self._sent = 0  # bytes of the present frame that the kernel has; for streams
         self.bare = False  # whether packets without a header are spoken here
         self.plain = False  # whether the next packet may be taken without looking for room first
@@ -128,6 +142,41 @@ class Transport:
         self._reading = threading.RLock()
         self._writing = threading.RLock()
         self._wakers: set[_Waker] = set()
+
+    def _read_with(self, control: int) -> None:
+        self._control = control
+        self.arrivals = starmap(self.sock.recvmsg, repeat((wire.PACKET_SIZE, control, rights.CLOEXEC)))
+        self.arrivals_now = starmap(
+            self.sock.recvmsg, repeat((wire.PACKET_SIZE, control, rights.CLOEXEC | rights.NOW))
+        )
+
+    def restrict(self, limits: Limits) -> None:
+        """Hold what arrives to ``limits`` from now on.
+
+        On Linux the kernel closes at once what does not fit into the control buffer, and where no descriptor may come at all
+        it refuses them at the sender, if it is new enough.
+        """
+        self.limits = limits
+        if sys.platform == "linux":
+            self._read_with(rights.control_size(limits.carried))
+            if not limits.carried:
+                try:
+                    self.sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+                except OSError:
+                    pass  # an older kernel, or a socket that is closed already
+
+    def _passes(self, header: wire.Header) -> bool:
+        """Whether what this header announces may be taken.
+
+        Raises:
+            ProtocolError: the channel must be closed.
+        """
+        try:
+            if self.limits is not None:
+                self.limits.check(header)
+        except DecodeError:
+            return False
+        return True
 
     # --- waiting and closing ---------------------------------------------------------------------------------------
 
@@ -314,9 +363,11 @@ class Transport:
 
         Raises:
             PeerClosedError, ClosedError, TimeoutError, FdLimitError (the packet stays queued), DescriptorsLostError
+            DecodeError: the packet was over a limit, and is gone.
             ProtocolError: the caller must close the channel.
         """
         while True:
+            late = deadline is not None and time.monotonic() >= deadline
             with self._reading:
                 self.check_open()
                 if deadline is None:
@@ -324,6 +375,8 @@ class Transport:
                 packet = self._receive_now()
             if packet is not None:
                 return packet
+            if late:  # whatever still comes: a peer that sends nothing but notices does not keep us
+                raise TimeoutError("the time is up; nothing was lost")
             self.wait_or_raise(select.POLLIN, deadline)
 
     def _block_for_a_tick(self) -> None:
@@ -343,7 +396,7 @@ class Transport:
     def _fetch(self, size: int) -> Arrived | None:
         """Take up to ``size`` bytes into ``arrived``, unless something is there; None where nothing has come."""
         if self.arrived is None:
-            arguments = ((size, rights.CONTROL_SIZE, rights.CLOEXEC | rights.NOW),)
+            arguments = ((size, self._control, rights.CLOEXEC | rights.NOW),)
             try:
                 for self.arrived in map(Arrived, starmap(self.sock.recvmsg, arguments)):  # noqa: B020 -- likewise
                     break
@@ -362,7 +415,7 @@ class Transport:
 
     def _peek(self, size: int) -> Arrived | None:
         """Look at the next bytes with their descriptors (the kernel installs them already), leaving all queued."""
-        arguments = ((size, rights.CONTROL_SIZE, rights.CLOEXEC | rights.NOW | rights.PEEK),)
+        arguments = ((size, self._control, rights.CLOEXEC | rights.NOW | rights.PEEK),)
         try:
             for peeked in map(Arrived, starmap(self.sock.recvmsg, arguments)):
                 return peeked

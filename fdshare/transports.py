@@ -10,7 +10,7 @@ from typing import Any
 
 from fdshare import rights, wire
 from fdshare.codec import Outgoing
-from fdshare.errors import PeerClosedError, ProtocolError
+from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.rights import Arrived
@@ -23,6 +23,9 @@ _NOTICE_MARK = bytes([wire.NOTICE])
 _CAN_TICK = sys.platform == "linux"
 _TICK = struct.pack("ll", 0, 50_000)
 """A timeval of 50 ms: how long it takes at most until a blocked receive notices that another thread has closed its channel."""
+
+MAX_NOTICED = 256
+"""Most notices of packets to come that are remembered, and most that are read in one go: more than writers share an end."""
 
 _UNTIL_NONCE = wire.HEADER_SIZE - 8
 
@@ -114,7 +117,7 @@ class SeqpacketTransport(Transport):
             pass  # the time is up, or the next step tells
 
     def _receive_now(self) -> Packet | None:
-        while True:
+        for _ in range(MAX_NOTICED):
             peeked = self._peek_if_cramped() if self._noticed and self.arrived is None else None
             arrived = self._fetch(wire.PACKET_SIZE)
             if arrived is None:
@@ -125,7 +128,7 @@ class SeqpacketTransport(Transport):
                 if mark == _NOTICE_MARK:
                     self._take_notice(data)
                     continue
-                if mark == _PICKLE_MARK:
+                if mark == _PICKLE_MARK and self.limits is None:
                     self.arrived = None
                     if peeked is not None:
                         peeked.close()
@@ -140,14 +143,25 @@ class SeqpacketTransport(Transport):
             if self._noticed and header.carried:
                 del self._noticed[0]
                 self.plain = self.bare and not self._noticed
+            if self.limits is not None:
+                try:
+                    self.limits.check(header)
+                except (OSError, DecodeError):
+                    arrived.close()
+                    if peeked is not None:
+                        peeked.close()
+                    raise
             return Packet(
                 header, memoryview(data)[wire.HEADER_SIZE :], self._complete(arrived, header, peeked)
             )
+        return None
 
     def _take_notice(self, data: bytes) -> None:
         header = wire.unpack_notice(data)
-        self.plain = False
-        self._noticed.append(header)
+        if self._passes(header):  # for what will be refused there need be no room
+            self.plain = False
+            self._noticed.append(header)
+            del self._noticed[:-MAX_NOTICED]
         self.arrived = None
 
     def _peek_if_cramped(self) -> Arrived | None:
@@ -163,7 +177,11 @@ class SeqpacketTransport(Transport):
         peeked = self._peek(wire.PACKET_SIZE)
         if peeked is not None:
             header_or_none = _header_or_none(peeked[0])
-            if header_or_none is not None and header_or_none.type != wire.NOTICE:
+            if (
+                header_or_none is not None
+                and header_or_none.type != wire.NOTICE
+                and self._passes(header_or_none)
+            ):
                 self._check_room(peeked, header_or_none)
         return peeked
 
@@ -188,7 +206,9 @@ class SeqpacketTransport(Transport):
     def has_message(self) -> bool:
         with self._reading:
             self.check_open()
-            while self.arrived is None:
+            for _ in range(MAX_NOTICED):
+                if self.arrived is not None:
+                    return True
                 try:
                     first = self.sock.recv(wire.HEADER_SIZE + 1, rights.NOW | rights.PEEK)
                 except BlockingIOError:
@@ -200,7 +220,7 @@ class SeqpacketTransport(Transport):
                 arrived = self._fetch(wire.PACKET_SIZE)
                 if arrived is not None and arrived[0] == first and not arrived[1]:
                     self._take_notice(first)
-            return True
+            return self.arrived is not None
 
 
 def _has_sure_room(header: wire.Header) -> bool:
@@ -257,7 +277,7 @@ class StreamTransport(Transport):
         while True:
             header, peeked = self._parser.header, None
             expected = header is not None and header.carried and self._brought is None
-            if header is not None and expected and self.arrived is None:
+            if header is not None and expected and self.arrived is None and self._passes(header):
                 self._prepare(header)
                 peeked = self._peek(1)
                 if peeked is None:
@@ -288,10 +308,13 @@ class StreamTransport(Transport):
             if frame is None:
                 continue
             header, payload = frame
-            if payload is not None:
+            if payload is not None and self._passes(header):
                 return Packet(header, payload, self._complete(brought, header, None))
             if brought is not None:
                 brought.close()
+            if payload is not None and self.limits is not None:
+                self.limits.check(header)  # says why
+            return None  # given up; there may be no end of these
 
     def has_message(self) -> bool:
         return True
