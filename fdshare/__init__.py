@@ -29,16 +29,20 @@ if TYPE_CHECKING:
     from fdshare.arrays import share, shared_array
     from fdshare.addresses import listen_fds
     from fdshare.endpoint import Listener, connect
+    from fdshare.fields import Descriptor
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
     from fdshare.shared import SharedMemory
+    from fdshare.typed import TypedCodec
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Descriptor": "fdshare.fields",
     "Listener": "fdshare.endpoint",
     "ProcessPoolExecutor": "fdshare.pool.executor",
     "SharedMemory": "fdshare.shared",
+    "TypedCodec": "fdshare.typed",
     "WorkerDiedError": "fdshare.pool.errors",
     "connect": "fdshare.endpoint",
     "listen_fds": "fdshare.addresses",
@@ -77,6 +81,7 @@ __all__ = [
     "ChannelSet",
     "ClosedError",
     "DecodeError",
+    "Descriptor",
     "DescriptorsLostError",
     "FdHandle",
     "FdLimitError",
@@ -94,6 +99,7 @@ __all__ = [
     "SealError",
     "SharedMemory",
     "TaskTimeoutError",
+    "TypedCodec",
     "WorkerDiedError",
     "any_user",
     "connect",

@@ -67,6 +67,8 @@ class FdHandle:
     closed: bool
     kind: str
 
+class TypedCodec: ...
+
 class PeerCredentials:
     def __init__(self, pid, uid, gid): ...
     pid: int
