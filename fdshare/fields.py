@@ -88,7 +88,11 @@ class Descriptor:
     codec: Codec | None = None
 
     def objection(self, fd: int) -> str | None:
-        """Return why ``fd`` is not what was declared, None where it is."""
+        """Return why ``fd`` is not what was declared, None where it is.
+
+        Raises:
+            OSError: it is not open.
+        """
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if bool(flags & _O_PATH) != (self.access == "path"):
             return "it is " + ("" if flags & _O_PATH else "not ") + 'of O_PATH (access="path")'
