@@ -12,7 +12,7 @@ every version of the protocol; numbers are little-endian::
         12    4 descriptors    most that the sender takes in one message
         16    4 packet         largest payload in a packet that it takes, bytes; 64 KiB at least
         20    4 zero           to be ignored
-        24    8 segment        largest segment that it takes, bytes
+        24    8 size           largest message that it takes, bytes: payload, or segment
         32      text           UTF-8: the codec's name, or the reason of a refusal
 
 On SEQPACKET a hello is one packet; on STREAM it stands before the first frame.  It brings no descriptors.
@@ -21,13 +21,14 @@ On SEQPACKET a hello is one packet; on STREAM it stands before the first frame. 
 from __future__ import annotations
 
 import struct
+from typing import Any, Protocol
 
 import attrs
 
 from fdshare import wire
 from fdshare.errors import AccessDeniedError, ProtocolError
 
-__all__ = ["MAX_HELLO", "Hello", "is_hello", "missing", "pack", "pack_refusal", "unpack"]
+__all__ = ["MAX_HELLO", "Greeting", "Hello", "Takes", "is_hello", "missing", "pack", "pack_refusal", "unpack"]
 
 MAGIC = b"fdshare\0"
 """Begins like no packet: the types of those are below 4, and a bare pickle begins with 0x80."""
@@ -47,6 +48,26 @@ MAX_TEXT = 255
 MAX_HELLO = HELLO_SIZE + MAX_TEXT
 
 
+class Greeting(Protocol):
+    """What is still expected before the first message of a named connection; see greeting.py."""
+
+    def take(self, transport: Any) -> bool:
+        """Take it if it has come; whether it has."""
+
+    def farewell(self, transport: Any) -> OSError | None:
+        """Return why the peer has closed, if it said so."""
+
+    def leave(self, transport: Any) -> None:
+        """Prepare for this side to close."""
+
+
+class Takes(Protocol):
+    """What the peer takes, where that is less than this side may send."""
+
+    def check(self, header: bytes, size: int) -> None:
+        """Raise MessageTooLargeError, or EMSGSIZE where the payload must go into a segment."""
+
+
 @attrs.frozen
 class Hello:
     """What one end says of itself."""
@@ -54,7 +75,7 @@ class Hello:
     codec: str
     descriptors: int = wire.MAX_DESCRIPTORS
     packet: int = wire.MAX_INLINE
-    segment: int = wire.MAX_SEGMENT
+    size: int = wire.MAX_SEGMENT
     lowest: int = LOWEST
     highest: int = HIGHEST
 
@@ -68,7 +89,7 @@ def pack(hello: Hello) -> bytes:
     text = hello.codec.encode()
     if len(text) > MAX_TEXT:
         raise ValueError(f"a codec's name of {len(text)} bytes; MAX_TEXT is {MAX_TEXT}")
-    numbers = (hello.descriptors, hello.packet, 0, hello.segment)
+    numbers = (hello.descriptors, hello.packet, 0, hello.size)
     return _LAYOUT.pack(MAGIC, HELLO, hello.lowest, hello.highest, len(text), *numbers) + text
 
 
@@ -103,7 +124,7 @@ def unpack(data: bytes, ours: Hello) -> Hello:
         raise ProtocolError(
             f"the peer did not say hello: it begins with {data[:8].hex()} (is it fdshare's connect, or its Listener?)"
         )
-    _, kind, lowest, highest, _, descriptors, packet, _, segment = _LAYOUT.unpack_from(data)
+    _, kind, lowest, highest, _, descriptors, packet, _, size = _LAYOUT.unpack_from(data)
     try:
         text = data[HELLO_SIZE:].decode()
     except UnicodeDecodeError as error:
@@ -126,4 +147,4 @@ def unpack(data: bytes, ours: Hello) -> Hello:
         raise ProtocolError(
             f"the peer takes packets of {packet} bytes; {wire.ALWAYS_INLINE} are the least that the protocol allows"
         )
-    return Hello(text, descriptors, packet, segment, lowest, highest)
+    return Hello(text, descriptors, packet, size, lowest, highest)

@@ -41,6 +41,7 @@ from fdshare.errors import (
     ProtocolError,
 )
 from fdshare.handle import NO_HANDLES, FdHandle, HandleList, own
+from fdshare.hello import Greeting, Takes
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT, TICK_SECONDS, InFlight
 from fdshare.rights import Arrived
 
@@ -127,6 +128,8 @@ class Transport:
     """One end of a connection that moves packets; SEQPACKET or STREAM in the subclasses."""
 
     name: str
+    greeting: Greeting | None = None
+    takes: Takes | None = None
 
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         self.sock = sock
@@ -257,6 +260,8 @@ class Transport:
             self._close()
 
     def _close(self) -> None:
+        if self.greeting is not None:
+            self.greeting.leave(self)
         recycle.leave(self)
         self.sock.close()
         if type(self.arrived) is Arrived:
@@ -315,7 +320,8 @@ class Transport:
 
     def _send_error(self, error: OSError, fds: Sequence[int]) -> Exception:
         if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED):
-            return PeerClosedError(errno.EPIPE, "the other side of this channel was closed")
+            why = None if self.greeting is None else self.greeting.farewell(self)
+            return why or PeerClosedError(errno.EPIPE, "the other side of this channel was closed")
         if self.closed:
             return ClosedError("this channel was closed")
         limit = rights.descriptor_limit()
@@ -393,7 +399,7 @@ class Transport:
         """Whether a readable socket has something to receive, or the end; a notice alone is nothing."""
         raise NotImplementedError
 
-    def _fetch(self, size: int) -> Arrived | None:
+    def _fetch(self, size: int, reset: bool = False) -> Arrived | None:
         """Take up to ``size`` bytes into ``arrived``, unless something is there; None where nothing has come."""
         if self.arrived is None:
             arguments = ((size, self._control, rights.CLOEXEC | rights.NOW),)
@@ -403,6 +409,9 @@ class Transport:
             except BlockingIOError:
                 return None
             except OSError as error:
+                if error.errno == errno.ECONNRESET and not reset:
+                    # SEQPACKET tells of it once, before it gives what the peer had sent and closed behind.
+                    return self._fetch(size, True)
                 raise self._receive_error(error) from error
         elif type(self.arrived) is tuple:  # left by an interrupted fast path
             self.arrived = Arrived(self.arrived)

@@ -30,7 +30,28 @@ MAX_NOTICED = 256
 _UNTIL_NONCE = wire.HEADER_SIZE - 8
 
 
-class SeqpacketTransport(Transport):
+class _Greeted(Transport):
+    """What both need to know about a hello that is still expected."""
+
+    def _has_hello(self) -> bool:
+        """Whether it was taken, or taking it failed: a receive will tell."""
+        try:
+            return self.greeting is None or self.greeting.take(self)
+        except OSError:
+            return True
+
+    def _has_more(self) -> bool:
+        """Whether the socket has anything to read, or the end."""
+        try:
+            self.sock.recv(1, rights.NOW | rights.PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+
+class SeqpacketTransport(_Greeted):
     """One packet a message; several processes may share one end.
 
     A packet with descriptors comes after a notice, which puts the reader on its guard: only then does it peek.
@@ -44,6 +65,8 @@ class SeqpacketTransport(Transport):
         self._noticed: list[wire.Header] = []  # packets with descriptors that are on their way
 
     def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
+        if self.takes is not None:
+            self.takes.check(header, sum(map(len, payload)))
         if fds:
             notice = wire.notice_of(header)
             try:
@@ -56,7 +79,7 @@ class SeqpacketTransport(Transport):
         """Send a small message with some descriptors the short way; False where it takes the long one."""
         payload, fds = out.payload, out.fds
         count = len(fds)
-        if out.buffers or len(payload) != 1 or not 0 < count <= wire.MAX_FDS_PER_PACKET:
+        if out.buffers or len(payload) != 1 or not 0 < count <= wire.MAX_FDS_PER_PACKET or self.takes is not None:
             return False
         size = len(payload[0])
         if size > wire.ALWAYS_INLINE:
@@ -117,6 +140,8 @@ class SeqpacketTransport(Transport):
             pass  # the time is up, or the next step tells
 
     def _receive_now(self) -> Packet | None:
+        if self.greeting is not None and not self.greeting.take(self):
+            return None
         for _ in range(MAX_NOTICED):
             peeked = self._peek_if_cramped() if self._noticed and self.arrived is None else None
             arrived = self._fetch(wire.PACKET_SIZE)
@@ -206,6 +231,8 @@ class SeqpacketTransport(Transport):
     def has_message(self) -> bool:
         with self._reading:
             self.check_open()
+            if self.greeting is not None and not self._has_hello():
+                return False
             for _ in range(MAX_NOTICED):
                 if self.arrived is not None:
                     return True
@@ -238,7 +265,7 @@ def _header_or_none(data: bytes) -> wire.Header | None:
         return None
 
 
-class StreamTransport(Transport):
+class StreamTransport(_Greeted):
     """Length-prefixed frames; one process at a time reads, and one writes, each end.
 
     A read never goes past the present frame, so that selectors see what is left, and no surplus descriptors come.
@@ -253,6 +280,8 @@ class StreamTransport(Transport):
         self._frame = bytearray()  # the frame being sent, perhaps begun by an earlier call; see _sent
 
     def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
+        if self.takes is not None:
+            self.takes.check(header, sum(map(len, payload)))
         with self._writing:
             self._send_until(len(self._frame), (), deadline)
             frame = wire.frame(header, list(payload))
@@ -274,6 +303,8 @@ class StreamTransport(Transport):
             self._send_step([bytes(self._frame[self._sent : end])], fds, deadline)
 
     def _receive_now(self) -> Packet | None:
+        if self.greeting is not None and not self.greeting.take(self):
+            return None
         while True:
             header, peeked = self._parser.header, None
             expected = header is not None and header.carried and self._brought is None
@@ -317,7 +348,11 @@ class StreamTransport(Transport):
             return None  # given up; there may be no end of these
 
     def has_message(self) -> bool:
-        return True
+        if self.greeting is None:
+            return True
+        with self._reading:
+            self.check_open()
+            return self._has_hello() and (self.arrived is not None or self.greeting is not None or self._has_more())
 
     def _after_fork(self) -> None:
         self._frame, self._sent = bytearray(), 0
