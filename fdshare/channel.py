@@ -25,7 +25,7 @@ from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, Outside, to_socket
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
-from fdshare.transport import other_threads
+from fdshare.transport import Packet, other_threads
 from fdshare.transports import SeqpacketTransport, socketpair, transport_of
 
 if TYPE_CHECKING:
@@ -308,11 +308,14 @@ class Channel:
             self._with_bundle(header, payload, fds, deadline)
             return
         reservation = transport.in_flight.reserve(header.segment_size, deadline)
-        user = transport if self._codec is _PICKLE else None
-        header, segment = plan.write_segment(user, piped=transport.limits is None)
+        header, segment = self._write_segment(plan)
         with segment:
             self._with_bundle(header, payload, [*fds, segment.fileno()], deadline)
             transport.in_flight.note(reservation)
+
+    def _write_segment(self, plan: packets.Plan) -> tuple[wire.Header, FdHandle]:
+        user = self._transport if self._codec is _PICKLE else None
+        return plan.write_segment(user, piped=self._transport.limits is None)
 
     def _with_bundle(
         self, header: wire.Header, payload: list[Any], fds: list[int], deadline: float | None
@@ -328,10 +331,16 @@ class Channel:
         self._check(self._readable, "write-only")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            message = packets.open_packet(*self._transport.receive(deadline), trusted=self._codec is _PICKLE)
+            message = self._open(self._transport.receive(deadline))
         except ProtocolError:
             self.close()
             raise
+        return self._decode(message, type)
+
+    def _open(self, packet: Packet) -> Incoming:
+        return packets.open_packet(*packet, trusted=self._codec is _PICKLE)
+
+    def _decode(self, message: Incoming, type: int) -> Any:
         if type == wire.BYTES:
             message.close()
             return message.payload
