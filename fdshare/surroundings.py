@@ -332,7 +332,6 @@ def _() -> Finding:
 
 _EXTRAS = {
     "numpy": "arrays in shared memory",
-    "cattrs": "typed messages (fdshare[typed])",
     "msgspec": "typed messages (fdshare[typed])",
     "psutil": "fdshare ls of other processes where there is no /proc",
     "rich": "progress of a pool (fdshare[progress])",
