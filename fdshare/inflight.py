@@ -24,7 +24,7 @@ from typing import Protocol
 
 from fdshare.errors import ClosedError
 
-__all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation"]
+__all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation", "unread_bytes"]
 
 DEFAULT_MAX_INFLIGHT = 256 * 2**20
 """Bytes of segments that may be sent and not yet taken, from one Channel object."""
@@ -57,8 +57,8 @@ class Reservation:
         self.size = size
 
 
-def _unread(sock: _socket.socket) -> int:
-    """Ask the kernel (SIOCOUTQ); 0 where it does not tell."""
+def unread_bytes(sock: _socket.socket) -> int:
+    """Return how much of what ``sock`` has sent is unread, in the kernel's own measure (SIOCOUTQ); 0 where it does not tell."""
     buffer = bytearray(4)
     try:
         fcntl.ioctl(sock, termios.TIOCOUTQ, buffer)
@@ -69,13 +69,13 @@ def _unread(sock: _socket.socket) -> int:
 
 @functools.cache
 def _packet_cost() -> int:
-    """Measure what a message with a segment adds to :func:`_unread` at least: two of the smallest packets."""
+    """Measure what a message with a segment adds to :func:`unread_bytes` at least: two of the smallest packets."""
     # Of C alone, so that no interrupt can lose one.
     for sender, receiver in starmap(_socket.socketpair, ((socket.AF_UNIX, socket.SOCK_STREAM),)):  # noqa: B007
         break
     try:
         sender.send(b"x")
-        return 2 * max(1, _unread(sender))
+        return 2 * max(1, unread_bytes(sender))
     finally:
         sender.close()
         receiver.close()
@@ -99,7 +99,7 @@ class InFlight:
             ClosedError: closed by another thread.
         """
         try:
-            return _unread(self._transport.sock)
+            return unread_bytes(self._transport.sock)
         except ValueError as error:  # closed meanwhile: the number is -1
             raise ClosedError("this channel was closed") from error
 
