@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import attrs
 
+from fdshare import alone, reducers
 from fdshare import files as _files  # noqa: F401 -- registers how files travel
-from fdshare import reducers
 from fdshare.errors import DecodeError, NotSendableError
 from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, Moved
 from fdshare.wire import ALWAYS_INLINE, MAX_FDS_PER_PACKET, MAX_INLINE
@@ -245,6 +245,11 @@ class PickleCodec:
         Raises:
             NotSendableError: something in it cannot travel; says what, where, and what to do.
         """
+        key = alone.keys.get(type(obj))
+        if key is not None:
+            known = alone.pickle_of(obj, key)
+            if known is not None:
+                return Outgoing([known], [obj.fileno()], owners=[obj])
         try:
             encoder = _spare.pop()
         except IndexError:
@@ -268,6 +273,8 @@ class PickleCodec:
         outgoing = encoder.take_outgoing()
         if len(_spare) < _MAX_SPARE and len(outgoing.fds) < MAX_FDS_PER_PACKET:
             _spare.append(encoder)
+        if key is not None and len(outgoing.payload) == 1:
+            alone.remember(obj, bytes(outgoing.payload[0]))
         return outgoing
 
     def decode(self, message: Incoming) -> Any:
@@ -276,7 +283,18 @@ class PickleCodec:
         Raises:
             DecodeError: it cannot be rebuilt here; its descriptors are closed.
         """
-        unpacking = reducers.Unpacking(message.handles)
+        handles = message.handles
+        if len(handles) == 1 and not message.buffers:
+            rebuild = alone.rebuilder(message.payload)
+            if rebuild is not None:
+                try:
+                    return rebuild(handles)
+                except BaseException as error:
+                    handles.close()
+                    if isinstance(error, Exception):
+                        raise undecodable(error) from error
+                    raise
+        unpacking = reducers.Unpacking(handles)
         outer, reducers.decoding.message = reducers.decoding.message, unpacking
         failed = True
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import struct
 import sys
@@ -28,6 +29,14 @@ MAX_NOTICED = 256
 """Most notices of packets to come that are remembered, and most that are read in one go: more than writers share an end."""
 
 _UNTIL_NONCE = wire.HEADER_SIZE - 8
+
+_CUT = rights.TRUNCATED | rights.CONTROL_TRUNCATED
+
+
+@functools.lru_cache(maxsize=256)
+def _few_header(descriptors: int, packet_size: int) -> bytes:
+    """Return the header of a plain message, but for its nonce; the few that occur are remembered."""
+    return wire.pack(wire.MESSAGE, 0, descriptors, 0, packet_size - wire.HEADER_SIZE)[:_UNTIL_NONCE]
 
 
 class _Greeted(Transport):
@@ -79,12 +88,17 @@ class SeqpacketTransport(_Greeted):
         """Send a small message with some descriptors the short way; False where it takes the long one."""
         payload, fds = out.payload, out.fds
         count = len(fds)
-        if out.buffers or len(payload) != 1 or not 0 < count <= wire.MAX_FDS_PER_PACKET or self.takes is not None:
+        if (
+            out.buffers
+            or len(payload) != 1
+            or not 0 < count <= wire.MAX_FDS_PER_PACKET
+            or self.takes is not None
+        ):
             return False
         size = len(payload[0])
         if size > wire.ALWAYS_INLINE:
             return False
-        header = wire.pack(wire.MESSAGE, 0, count, 0, size, 0, wire.nonce())
+        header = _few_header(count, wire.HEADER_SIZE + size) + wire.nonce().to_bytes(8, "little")
         try:
             self.sock.send(wire.notice_of(header), rights.SEND_NOW)
             self.sock.sendmsg((header, payload[0]), rights.rights(fds), rights.SEND_NOW)
@@ -112,10 +126,7 @@ class SeqpacketTransport(_Greeted):
         data, _, flags, _ = arrived = self.arrived
         if len(data) < wire.HEADER_SIZE:
             return None
-        expected = wire.pack(wire.MESSAGE, 0, count, 0, len(data) - wire.HEADER_SIZE)
-        if data[:_UNTIL_NONCE] != expected[:_UNTIL_NONCE] or flags & (
-            rights.TRUNCATED | rights.CONTROL_TRUNCATED
-        ):
+        if data[:_UNTIL_NONCE] != _few_header(count, len(data)) or flags & _CUT:
             return None
         handles = arrived.adopt()
         if len(handles) != count:
@@ -352,7 +363,9 @@ class StreamTransport(_Greeted):
             return True
         with self._reading:
             self.check_open()
-            return self._has_hello() and (self.arrived is not None or self.greeting is not None or self._has_more())
+            return self._has_hello() and (
+                self.arrived is not None or self.greeting is not None or self._has_more()
+            )
 
     def _after_fork(self) -> None:
         self._frame, self._sent = bytearray(), 0

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import chart, machine, report
 from benchmarks.cases import native
-from benchmarks.measure import BATCHES, measure
+from benchmarks.measure import BATCHES, FIRST, measure
 from benchmarks.model import Case, Measurement, Target
 from benchmarks.plan import CASES, select
 from benchmarks.runner import parse_result
@@ -65,7 +65,7 @@ def test_measure_long_operation_is_repeated_singly(took: float, batches: int) ->
         return n * took
 
     assert measure(operate, 0.1) == [took] * batches
-    assert calls == [1] * (batches + 1)
+    assert calls == [1] * (FIRST + batches)
 
 
 def test_ratio_is_paired_by_round() -> None:

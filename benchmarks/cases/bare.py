@@ -1,6 +1,6 @@
 """The least that Python can do: pickle over a SOCK_SEQPACKET socket, with none of fdshare's guarantees.
 
-No limits, no checks, no partial failure, sockets only as a flat list: it shows what the interpreter and the kernel take.
+No limits, no checks, no partial failure, sockets only alone or as a flat list: it shows what the interpreter and the kernel take.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_PACKET = 65536
 
 
 class BareEnd:
-    """One end of a socket pair; a list whose first item is a socket is sent as descriptors."""
+    """One end of a socket pair; a socket, and a list whose first item is one, is sent as descriptors."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -26,8 +26,12 @@ class BareEnd:
     def send(self, obj: Any) -> None:
         """Pickle and send; sockets are described and their descriptors attached."""
         if type(obj) is list and obj and type(obj[0]) is socket.socket:
-            facts = [(int(s.family), int(s.type), s.proto) for s in obj]
+            facts: Any = [(int(s.family), int(s.type), s.proto) for s in obj]
             fds = array.array("i", [s.fileno() for s in obj])
+            self._sock.sendmsg([pickle.dumps(facts, 5)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        elif type(obj) is socket.socket:
+            facts = (int(obj.family), int(obj.type), obj.proto)
+            fds = array.array("i", [obj.fileno()])
             self._sock.sendmsg([pickle.dumps(facts, 5)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         else:
             self._sock.send(pickle.dumps(obj, 5))
@@ -47,6 +51,8 @@ class BareEnd:
         if not ancillary:
             return obj
         fds = array.array("i", ancillary[0][2])
+        if type(obj) is tuple:
+            return socket.socket(*obj, fds[0])
         return [
             socket.socket(family, kind, proto, fd) for (family, kind, proto), fd in zip(obj, fds, strict=True)
         ]

@@ -58,9 +58,15 @@ def run_sockets(peer: str, budget: float, *, count: int) -> Measurement:
                 sock.close()
             end.send(len(sockets))
 
-    with with_partner(pipe_of(peer), serve) as end, ExitStack() as stack:
+    def serve_one(end: End) -> None:
+        while True:
+            end.recv().close()
+            end.send(1)
+
+    with with_partner(pipe_of(peer), serve_one if count == 1 else serve) as end, ExitStack() as stack:
         sockets = _open_sockets(stack, count)
-        return Measurement(measure(_round_trips(end, lambda: end.send(sockets), count), budget))
+        message = sockets[0] if count == 1 else sockets
+        return Measurement(measure(_round_trips(end, lambda: end.send(message), count), budget))
 
 
 def run_handle(peer: str, budget: float) -> Measurement:
