@@ -159,7 +159,8 @@ def listen_at(sock: socket.socket, path: str, mode: int, backlog: int) -> Identi
             sock.bind(short)
         try:
             os.chmod(inner, mode)
-            sock.listen(backlog)
+            if sock.type != socket.SOCK_DGRAM:
+                sock.listen(backlog)
             mine = identity(inner)
             try:
                 _put_in_place(inner, path)
