@@ -1,0 +1,590 @@
+"""``Handover``: the sockets of a server, from the process that serves to the one that succeeds it."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import socket
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from fdshare.addresses import Address, listen_fds
+from fdshare.credentials import Policy, same_user
+from fdshare.endpoint import Listener
+from fdshare.errors import ClosedError, PeerClosedError
+from fdshare.handle import FdHandle, move
+from fdshare.handover import protocol, systemd
+from fdshare.handover.adoption import Connections
+from fdshare.handover.binding import BACKLOG, Spec, check_name
+from fdshare.handover.door import Door
+from fdshare.handover.errors import HandoverError
+from fdshare.handover.gate import Gate, GateState, Retired
+from fdshare.handover.gated import HandoverSocket, gated
+from fdshare.handover.succession import Control, Predecessor, find
+
+if TYPE_CHECKING:
+    import subprocess
+    from types import TracebackType
+
+__all__ = ["Handover"]
+
+logger = logging.getLogger("fdshare.handover")
+
+ANSWER_SECONDS = protocol.ANSWER_SECONDS
+
+PATIENCE_SECONDS = 600.0
+"""How long a successor may initialise, unless told otherwise: longer than any start should take, and a hung one must not keep
+others from succeeding for ever."""
+
+
+class _Phase(enum.Enum):
+    INITIALISING = "initialising"
+    SERVING = "serving"
+    RETIRED = "retired"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@attrs.define
+class _Held:
+    sock: HandoverSocket
+    spec: Spec
+    origin: str
+    """"taken" from the predecessor, "inherited" from the service manager, or "bound" here."""
+
+
+_MISSING: Any = object()
+
+
+class Handover:
+    """One generation of a server: takes the sockets over from the one before, and hands them to the next.
+
+    Whoever comes first at ``address`` binds its sockets.  A later process connects, receives every listening socket and what
+    it asks for of the other's state, initialises as long as it needs, and calls ``ready``; only then the other one
+    stops accepting.  Until then, whatever happens to the new process, the old one serves.
+
+    A context manager.  A background thread answers successors; one end of a fork, the parent, keeps all of it.
+
+    Args:
+        address: the path of the control socket, the same for all generations; or an abstract name.
+        allow: whom to succeed, and who may succeed: a policy over the other process's credentials.
+        timeout: seconds that a predecessor may take to answer; None waits for ever.
+        successor_timeout: seconds that a successor may initialise before it is given up; None for ever.
+        adopt: whether this process takes connections of its predecessor, see :meth:`connections`.
+
+    Raises:
+        HandoverBusyError: another successor is being initialised, or the other process is not ready itself.
+        HandoverError: the other process speaks another version of the protocol.
+        TimeoutError: it does not answer.
+        AccessDeniedError: it is another user's.
+        OSError: the control socket can be neither reached nor made.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        allow: Policy = same_user,
+        timeout: float | None = ANSWER_SECONDS,
+        successor_timeout: float | None = PATIENCE_SECONDS,
+        adopt: bool = False,
+    ) -> None:
+        self.retired = Retired()
+        """Waits until a successor serves: ``wait(timeout)``, ``await``, ``is_set()``; ``fileno()`` is readable then."""
+        self._allow = allow
+        self._patience = successor_timeout
+        self._adopt = adopt
+        self._phase = _Phase.INITIALISING
+        self._lock = threading.Lock()
+        self._gate = Gate()
+        self._held: dict[str, _Held] = {}
+        self._states: dict[str, Callable[[], Any]] = {}
+        self._hooks: list[tuple[Callable[[], Any], Callable[[], Any] | None]] = []
+        self._inherited: list[tuple[str, FdHandle]] = []
+        self._door: Door | None = None
+        self._predecessor: Predecessor | None = None
+        self._control: Control | None = None
+        try:
+            self._inherited = listen_fds()
+            self._control, self._predecessor = find(address, allow, timeout)
+            if self._predecessor is None:
+                self._open_door()  # to tell others that this process is not ready
+        except BaseException:
+            self.close()
+            raise
+        _alive.add(self)
+
+    # --- before it serves -----------------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """How many handovers have led to this process: 0 for the first."""
+        return 0 if self._predecessor is None else self._predecessor.offer.generation + 1
+
+    @property
+    def predecessor(self) -> int | None:
+        """The pid of the process before; None where this is the first."""
+        return None if self._predecessor is None else self._predecessor.offer.pid
+
+    def listen(
+        self,
+        name: str,
+        host: str | None,
+        port: int,
+        *,
+        type: int = socket.SOCK_STREAM,
+        backlog: int = BACKLOG,
+        reuse_port: bool = False,
+    ) -> HandoverSocket:
+        """Return a listening socket: the predecessor's, the service manager's, or a new one.
+
+        The predecessor's is taken where its name and address are the same (port 0 fits the port it was given).
+        What systemd started this process with (``LISTEN_FDS``) is taken by name alone: the unit says the address.
+
+        Args:
+            name: what it is called in all generations, and in systemd's unit (``FileDescriptorName=``).
+            host: an address, or a name of one; None or "" for every IPv4 address, "::" for every IPv6 one.
+            port: 0 for any free one.
+            type: SOCK_STREAM, or SOCK_DGRAM for UDP.
+            backlog: connections that wait to be accepted.
+            reuse_port: set SO_REUSEPORT on a new one.
+
+        Raises:
+            ValueError: a bad name, type or port, or a name that was used before.
+            HandoverError: this process is ready already.
+            OSError: as bind(2).
+        """
+        return self._listen(name, Spec.inet(host, port, type, backlog, reuse_port))
+
+    def listen_unix(
+        self,
+        name: str,
+        path: str | bytes | os.PathLike[Any],
+        *,
+        type: int = socket.SOCK_STREAM,
+        backlog: int = BACKLOG,
+        mode: int = 0o600,
+    ) -> HandoverSocket:
+        """Return a listening AF_UNIX socket; as :meth:`listen`.  A socket that is taken over keeps its file.
+
+        Args:
+            path: of any length.
+            type: SOCK_STREAM, SOCK_SEQPACKET or SOCK_DGRAM.
+            mode: permission bits of a new file.
+
+        Raises:
+            ValueError, HandoverError, OSError: as listen.
+        """
+        return self._listen(name, Spec.unix(path, type, backlog, mode))
+
+    def _listen(self, name: str, spec: Spec) -> HandoverSocket:
+        check_name(name)
+        self._check_initialising("listen")
+        if name in self._held:
+            raise ValueError(f"there is a listener called {name!r} already")
+        if len(self._held) >= protocol.MAX_LISTENERS:
+            raise ValueError(f"one server has at most {protocol.MAX_LISTENERS} listeners (MAX_LISTENERS)")
+        handle, spec, origin = self._find_socket(name, spec)
+        with handle:
+            sock = gated(handle, self._gate, name)
+        self._held[name] = _Held(sock, spec, origin)
+        return sock
+
+    def _find_socket(self, name: str, spec: Spec) -> tuple[FdHandle, Spec, str]:
+        if self._predecessor is not None:
+            offered = self._predecessor.offer.listeners
+            if name in offered and spec.fits(offered[name][1], offered[name][0]):
+                theirs, handle = offered.pop(name)
+                return handle, attrs.evolve(spec, identity=theirs.identity), "taken"
+        for place, (label, handle) in enumerate(self._inherited):
+            if label == name and spec.suits(handle):
+                del self._inherited[place]
+                return handle, spec, "inherited"
+        return *spec.bind(), "bound"
+
+    def inherited(self, name: str) -> FdHandle | None:
+        """Take a descriptor of that name that systemd started this process with, of any kind; None where there is none.
+
+        What is taken neither by this nor by ``listen`` is closed by ``ready``.
+        """
+        for place, (label, handle) in enumerate(self._inherited):
+            if label == name:
+                del self._inherited[place]
+                return handle
+        return None
+
+    def state(self, name: str, default: Any = _MISSING, *, timeout: float | None = None) -> Any:
+        """Ask the predecessor, which goes on serving, for what it offers under ``name``.
+
+        Args:
+            default: returned where there is no predecessor (any more), or no such state.
+            timeout: seconds to wait; None waits for ever.
+
+        Raises:
+            KeyError: there is none, and no default; the text says why.
+            TimeoutError, DecodeError: it did not answer, or the answer cannot be rebuilt here.
+            HandoverRevokedError: it serves on, and this process must not.
+            HandoverError: this process is ready already; ``ready`` gives the final states.
+        """
+        self._check_initialising("state")
+        try:
+            if self._predecessor is None or not self._predecessor.alive:
+                raise KeyError(f"there is no predecessor to ask for {name!r}")
+            return self._predecessor.ask_state(name, timeout)
+        except PeerClosedError as error:
+            if default is _MISSING:
+                raise KeyError(f"the predecessor has ended, and its {name!r} with it") from error
+        except KeyError:
+            if default is _MISSING:
+                raise
+        return default
+
+    def offer(self, name: str, function: Callable[[], Any]) -> None:
+        """Offer application state to a successor: whatever travels in a message.
+
+        Args:
+            name: what the successor asks for.
+            function: returns it when asked, in a thread of the handover's; what it raises, the successor is told.
+
+        Raises:
+            TypeError: not callable.
+        """
+        if not callable(function):
+            raise TypeError("offer(name, function): a function that returns the state")
+        self._states[name] = function
+
+    def on_stop(self, stop: Callable[[], Any], resume: Callable[[], Any] | None = None) -> None:
+        """Be told to stop accepting, by what accepts without the sockets' own methods (uvloop, child processes).
+
+        Both are called in a thread of the handover's.
+
+        Args:
+            stop: returns once nothing is accepted any more; the successor begins to accept only then.  Where it raises, this
+                process resumes.
+            resume: undoes it, where the successor died after all.
+        """
+        self._hooks.append((stop, resume))
+
+    # --- ready ------------------------------------------------------------------------------------------------------------
+
+    def ready(self, final: Iterable[str] = ()) -> dict[str, Any]:
+        """Begin to serve: from the return on this process accepts, and its predecessor does not any more.
+
+        Descriptors that were offered and not asked for are closed.  Where the predecessor has died meanwhile, this process serves
+        in its place.  After an error it must not serve: close, and end.
+
+        Args:
+            final: states to be taken after the predecessor has stopped accepting, and before this process begins.
+
+        Returns:
+            the final states by name; without those of a predecessor that has died.
+
+        Raises:
+            HandoverRevokedError: the predecessor has taken its offer back (successor_timeout), or could not stop.
+            TimeoutError: it does not answer; it serves on once it can.
+            DecodeError: a final state cannot be rebuilt here; the predecessor serves on.
+            HandoverError: this process was ready before, or has failed.
+            OSError: no descriptor or thread left to answer successors.
+        """
+        self._check_initialising("ready")
+        states: dict[str, Any] = {}
+        assert self._control is not None
+        if self._predecessor is not None:
+            kept = [name for name, held in self._held.items() if held.origin == "taken"]
+            self._phase = _Phase.FAILED  # unless the next lines succeed
+            self._open_door()
+            states = self._predecessor.commit(kept, list(final), self._adopt)
+        self._phase = _Phase.SERVING
+        self._gate.move(GateState.OPEN)
+        assert self._door is not None
+        self._door.open()
+        self._tell_service_manager()
+        self._close_unwanted()
+        if self._predecessor is not None and not (self._adopt and self._predecessor.alive):
+            self._predecessor.channel.close()
+        return states
+
+    async def ready_async(self, final: Iterable[str] = ()) -> dict[str, Any]:
+        """Begin to serve, as :meth:`ready`, without blocking the event loop meanwhile.
+
+        Raises:
+            HandoverError: and all else that ready raises.
+        """
+        import asyncio
+
+        return await asyncio.to_thread(self.ready, final)
+
+    def _check_initialising(self, what: str) -> None:
+        if self._phase is _Phase.CLOSED:
+            raise ClosedError("this handover was closed")
+        if self._phase is not _Phase.INITIALISING:
+            raise HandoverError(f"{what}: this process is {self._phase.value} already")
+
+    def _open_door(self) -> None:
+        assert self._control is not None
+        with FdHandle.dup(self._control.handle) as handle:
+            listener = Listener(handle, allow=self._allow)
+        try:
+            self._door = Door(listener, self, self._patience)
+        except BaseException:
+            listener.close()
+            raise
+
+    def _tell_service_manager(self) -> None:
+        if not systemd.notifying():
+            return
+        systemd.notify(*systemd.serving(os.getpid()))
+        unwanted = [name for name, _ in self._inherited if name not in self._held]
+        if self._predecessor is not None:
+            unwanted += self._predecessor.offer.listeners
+        for name in unwanted:
+            systemd.notify("FDSTOREREMOVE=1", f"FDNAME={name}")
+        for name, held in self._held.items():
+            if held.origin == "bound" and held.sock.fileno() >= 0:
+                systemd.notify("FDSTORE=1", f"FDNAME={name}", fds=[held.sock])
+
+    def _close_unwanted(self) -> None:
+        inherited, self._inherited = self._inherited, []
+        for _, handle in inherited:
+            handle.close()
+        if self._predecessor is not None:
+            self._predecessor.offer.close()
+
+    # --- what the door asks (in its threads) ----------------------------------------------------------------------------
+
+    def what_to_offer(self) -> Mapping[str, Any]:
+        """Return the fields of an offer."""
+        assert self._control is not None
+        handles: dict[str, tuple[dict[str, Any], FdHandle]] = {}
+        try:
+            for name, held in self._held.items():
+                if held.sock.fileno() >= 0:  # the program may have closed it
+                    handles[name] = held.spec.to_wire(), FdHandle.dup(held.sock)
+            control = FdHandle.dup(self._control.handle)
+        except BaseException:
+            protocol.close_handles(handles)
+            raise
+        return {
+            "generation": self.generation,
+            "control": control,
+            "identity": self._control.identity,
+            "listeners": handles,
+        }
+
+    def answer_state(self, name: str) -> Any:
+        """Return application state; KeyError where there is none of that name."""
+        return self._states[name]()
+
+    def begin_offer(self) -> None:
+        """A successor is being given the sockets."""
+        systemd.notify(*systemd.reloading())
+
+    def end_offer(self) -> None:
+        """It came to nothing."""
+        systemd.notify("READY=1")
+
+    def stop(self) -> Callable[[], None]:
+        """Stop accepting; return what resumes it."""
+        self._gate.move(GateState.PAUSED)
+        stopped: list[Callable[[], Any]] = []
+
+        def resume() -> None:
+            for undo in reversed(stopped):
+                try:
+                    undo()
+                except Exception:
+                    logger.exception("a hook of on_stop could not resume")
+            self._gate.move(GateState.OPEN)
+
+        try:
+            for stop, undo in self._hooks:
+                if undo is not None:
+                    stopped.append(undo)
+                stop()
+        except BaseException:
+            resume()
+            raise
+        return resume
+
+    def retire(self, successor: int, kept: Collection[str]) -> None:
+        """The process ``successor`` serves now."""
+        with self._lock:
+            if self._phase is _Phase.SERVING:
+                self._phase = _Phase.RETIRED
+        self._gate.move(GateState.RETIRED, kept)
+        systemd.notify(*systemd.serving(successor))
+        systemd.barrier()  # or our end could be seen before the successor is known, and would be the service's
+        for name, held in self._held.items():
+            if name not in kept:
+                _remove_file(held.spec)
+        assert self._control is not None
+        self._control.handle.close()
+        logger.info("process %d has succeeded process %d", successor, os.getpid())
+        self.retired.set()
+
+    # --- after it was succeeded, and after it has succeeded ---------------------------------------------------------------
+
+    async def retired_async(self) -> bool:
+        """Wait in an asyncio task until a successor serves, or the handover is closed; return whether one serves.
+
+        Raises:
+            asyncio.CancelledError: the task was cancelled.
+        """
+        return await self.retired
+
+    @property
+    def successor_adopts(self) -> bool:
+        """Whether a successor serves that takes connections."""
+        return self.retired.is_set() and self._door is not None and self._door.adopts
+
+    def send_connection(
+        self, connection: Any, data: Any = None, *, timeout: float | None = ANSWER_SECONDS
+    ) -> None:
+        """Give a connection to the successor: an idle keep-alive one, say, of which nothing is half read.
+
+        The process's own copy is closed once it is on its way, and stays open where this raises.
+
+        Args:
+            connection: a socket, or whatever travels in a message.
+            data: what the successor should know about it, such as bytes that were read already.
+            timeout: seconds to wait for room.
+
+        Raises:
+            HandoverError: no successor serves, or it takes no connections.
+            PeerClosedError: it has gone.
+            TimeoutError: it takes none at present.
+            NotSendableError: it cannot travel.
+        """
+        if self._door is None or not self.successor_adopts:
+            raise HandoverError("there is no successor that takes connections (Handover(..., adopt=True))")
+        self._door.send_connection(move(connection), data, timeout)
+
+    def connections(self) -> Connections:
+        """Return the connections that the predecessor gives away while it drains; to be called after ``ready``.
+
+        Raises:
+            HandoverError: this process has not said ``adopt=True``, or is not ready.
+        """
+        if self._phase not in (_Phase.SERVING, _Phase.RETIRED) or not self._adopt:
+            raise HandoverError("connections come to a Handover(..., adopt=True) that is ready")
+        alive = self._predecessor is not None and self._predecessor.alive
+        return Connections(self._predecessor.channel if self._predecessor is not None and alive else None)
+
+    def start_successor(self, command: Iterable[str] | None = None) -> subprocess.Popen[bytes]:
+        """Start the next generation as a child: this very command again, or another one; for a handler of SIGHUP.
+
+        What was handed to this process by systemd is not handed on.  Its end is waited for in a thread, and logged.
+
+        Args:
+            command: program and arguments; None for those of this process.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        import subprocess
+
+        arguments = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
+        process = subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL)
+
+        def wait() -> None:
+            code = process.wait()
+            if not self.retired.is_set():
+                logger.warning("the successor, process %d, ended with %d", process.pid, code)
+
+        threading.Thread(target=wait, name="fdshare handover successor", daemon=True).start()
+        return process
+
+    # --- the end -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._phase is _Phase.CLOSED
+
+    def close(self) -> None:
+        """End: close the sockets; what a successor has, or is about to serve, stays as it is.  Twice is harmless.
+
+        Files of AF_UNIX sockets, the control socket's too, are removed where nobody succeeds this process.
+
+        Raises:
+            OSError: as close(2).
+        """
+        with self._lock:
+            phase, self._phase = self._phase, _Phase.CLOSED
+        if phase is _Phase.CLOSED:
+            return
+        self._gate.close()  # first: nothing that the door undoes may open it again
+        left = self._door.close() if self._door is not None else False
+        last = phase is _Phase.SERVING or (phase is _Phase.INITIALISING and self._predecessor is None)
+        if last and not left:
+            if phase is _Phase.SERVING:
+                systemd.notify("STOPPING=1")
+            for held in self._held.values():
+                _remove_file(held.spec)
+            if self._control is not None:
+                _remove_file(self._control)
+        if self._predecessor is not None:
+            self._predecessor.channel.close()
+        self._close_unwanted()
+        self._close_sockets()
+        self.retired.close()
+
+    def _close_sockets(self) -> None:
+        for held in self._held.values():
+            held.sock.close()
+        if self._control is not None:
+            self._control.handle.close()
+
+    def _forget(self) -> None:
+        """After a fork, in the child: the listening sockets are ordinary ones, and everything else is the parent's."""
+        self._lock = threading.Lock()
+        phase, self._phase = self._phase, _Phase.CLOSED
+        if phase is _Phase.CLOSED:
+            return
+        self._gate.forget()
+        self.retired.forget()
+        if self._door is not None:
+            self._door.forget()
+        if self._predecessor is not None:
+            self._predecessor.channel.close()
+        self._close_unwanted()
+        if self._control is not None:
+            self._control.handle.close()
+
+    def __enter__(self) -> Handover:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Handover {self._phase.value} generation={self.generation} listeners={list(self._held)}>"
+
+
+def _remove_file(thing: Spec | Control) -> None:
+    try:
+        thing.remove_file()
+    except OSError as error:  # as after a change of user; the next listener replaces it
+        logger.warning("the file of a socket stays behind: %s", error)
+
+
+_alive: weakref.WeakSet[Handover] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for handover in list(_alive):
+        with contextlib.suppress(OSError):
+            handover._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
