@@ -11,10 +11,10 @@ import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fdshare import mapping as mappings
-from fdshare import reducers, wire
+from fdshare import allocation, reducers, wire
 from fdshare.codec import PROTOCOL
 from fdshare.handle import FdHandle
+from fdshare.mapping import find
 from fdshare.references import make_array, open_window
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def shared_array(shape: int | Iterable[int], dtype: Any = "float64", order: str 
     sizes = tuple(map(operator.index, shape)) if isinstance(shape, Iterable) else (operator.index(shape),)
     if min(sizes, default=0) < 0:
         raise ValueError(f"an array of shape {sizes}")
-    return make_array(mappings.allocate(max(math.prod(sizes) * kind.itemsize, 1)), kind, sizes, order=order)
+    return make_array(allocation.allocate(max(math.prod(sizes) * kind.itemsize, 1)), kind, sizes, order=order)
 
 
 def share(obj: T) -> T:
@@ -76,7 +76,7 @@ def share(obj: T) -> T:
     if numpy is not None and isinstance(obj, numpy.ndarray):
         if obj.dtype.hasobject:
             raise TypeError(_OBJECTS)
-        if mappings.find(obj.__array_interface__["data"][0], 0) is not None:
+        if find(obj.__array_interface__["data"][0], 0) is not None:
             return obj
     file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
     sharer = _Sharer(file, PROTOCOL, buffer_callback=buffers.append)
@@ -91,7 +91,7 @@ def share(obj: T) -> T:
             "bytes, and channels send everything else"
         )
     parts, size = wire.lay_out([], 0, views)
-    mapping = mappings.copy_in(parts) if size else mappings.allocate(1)
+    mapping = allocation.copy_in(parts) if size else allocation.allocate(1)
     windows, offset = [], 0
     for view in views:
         offset = wire.align(offset, view.nbytes)

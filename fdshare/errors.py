@@ -111,7 +111,7 @@ class NoSpaceError(FdShareError, OSError):
     """No room for a large message's segment, or for shared memory (ENOSPC, ENOMEM, EFBIG): found before it is used."""
 
 
-class SealError(FdShareError, BufferError, OSError):
+class SealError(FdShareError, OSError, BufferError):
     """Shared memory cannot be sealed: something could still write into it (EBUSY), or this system has no seals (ENOTSUP)."""
 
     def __init__(self, *args: object) -> None:

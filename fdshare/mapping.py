@@ -11,8 +11,7 @@ device, file what was mapped already      memory that comes again, or comes back
 ============ ============================ ==================================================================
 
 A memory file is sealed against shrinking and growing as soon as it has its size, and whoever receives one looks at that
-before he maps it, so that no access to it can end in SIGBUS.  All of its pages are there from the start: no space is an
-error of the one who asks for it.
+before he maps it, so that no access to it can end in SIGBUS.
 """
 
 from __future__ import annotations
@@ -21,73 +20,38 @@ import bisect
 import ctypes
 import errno
 import fcntl
-import functools
 import mmap
 import os
-import resource
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from fdshare import memory
-from fdshare.errors import DecodeError, FdLimitError, NoSpaceError, SealError
-from fdshare.handle import FdHandle, _arm, hand_over, own, unarmed
+from fdshare.errors import DecodeError, SealError
+from fdshare.handle import FdHandle, _arm, hand_over, unarmed
 
-__all__ = ["Mapping", "address_of", "allocate", "copy_in", "find", "open_mapping", "seal"]
-
-NAME = "fdshare-shared"
-"""What /proc/*/maps and lsof show of it."""
-
-_CHUNK = 64 << 20
-"""Bytes reserved in one call: some 10 ms, after which an interrupt is heard; a signal makes the kernel begin the call anew."""
-
-_CHECKED_FROM = 64 << 20
-"""Sizes from here on, bytes, are held against the memory that is left; smaller ones find it out by themselves."""
-
-_MAX_GROUPS = 64
-"""Most control groups, each inside the next, that are asked for their limit."""
-
-_ZEROS = memoryview(bytes(1 << 20))
+__all__ = ["Holder", "Mapping", "address_of", "find", "is_sealed", "map_shared", "open_mapping"]
 
 # The numbers are the same on Linux and FreeBSD; where there are no memory files, fcntl lacks the names.
-_SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_WRITE = 0x1, 0x2, 0x4, 0x8
-_SEAL_FUTURE_WRITE = 0x10
+SEAL_SEAL, SEAL_SHRINK, SEAL_GROW, SEAL_WRITE = 0x1, 0x2, 0x4, 0x8
+SEAL_FUTURE_WRITE = 0x10
 """Of Linux 5.1: no new mapping can write, those that are there still can."""
 
 
 class Mapping(mmap.mmap):
-    """Shared memory as this process has it mapped; made by the functions below.
-
-    It owns its descriptor.  One that was sealed is closed and has a successor, which is read-only.
-    """
+    """Shared memory as this process has it mapped; made by the functions below.  It owns its descriptor."""
 
     handle: FdHandle | None = None
     start = 0
     """Its address."""
+    extent = 0
+    """Its size in bytes."""
     file = (0, 0)
     """Device and inode number."""
-    size_mapped = 0
-    """Bytes; known also when it is closed."""
-    successor: Mapping | None = None
-    reference: weakref.ref[Mapping] | None = None
+    entry: weakref.ref[Mapping] | None = None
     """What stands for it in the tables."""
-
-    def current(self) -> Mapping:
-        """Return this mapping, or the one that took its place.
-
-        Raises:
-            OSError: it has to be mapped again, and there is no room.
-        """
-        mapping = self
-        while mapping.closed:
-            with _sealing:
-                if mapping.successor is None:
-                    assert mapping.handle is not None
-                    mapping.successor = _map(mapping.handle, mapping.size_mapped)
-            mapping = mapping.successor
-        return mapping
+    holder: weakref.ref[Holder] | None = None
 
     @property
     def fd(self) -> int:
@@ -101,8 +65,73 @@ class Mapping(mmap.mmap):
             self.handle.close()
 
 
+class Holder:
+    """What all holders of a mapping in this process hold in its place, so that it can be replaced when it is sealed."""
+
+    __slots__ = ("__weakref__", "_mapping")
+
+    def __init__(self, mapping: Mapping) -> None:
+        self._mapping = mapping
+
+    @classmethod
+    def of(cls, mapping: Mapping) -> Holder:
+        """Return the holder of a mapping, a new one where there is none."""
+        with _changing:
+            holder = None if mapping.holder is None else mapping.holder()
+            if holder is None:
+                holder = cls(mapping)
+                mapping.holder = weakref.ref(holder)
+            return holder
+
+    def get(self) -> Mapping:
+        """Return the mapping; wait while it is being replaced."""
+        with _sealing:
+            mapping = self._mapping
+            if mapping.closed:
+                assert mapping.handle is not None
+                self._mapping = mapping = map_shared(mapping.handle, mapping.extent)
+                mapping.holder = weakref.ref(self)
+            return mapping
+
+    def references(self) -> int:
+        """Return how many refer to the mapping, this holder and this call included."""
+        mapping = self._mapping
+        return sys.getrefcount(mapping)
+
+    def seal(self) -> None:
+        """Make the memory unchangeable for everybody, for ever.
+
+        Raises:
+            SealError: something could still write into it; it stays as it is.
+        """
+        if not memory.HAVE_MEMFD:
+            raise SealError(errno.ENOTSUP, "this system has no memory files that can be sealed")
+        with _sealing:
+            fd = self.get().fd
+            if _seals(fd) & SEAL_WRITE:
+                return
+            # A view is a reference, and so is an array that NumPy made of one: that exports nothing, and would be left with an
+            # address at which nothing is.
+            if self.references() > _UNUSED:
+                raise SealError(
+                    errno.EBUSY,
+                    "something in this process still looks into the memory, a view of its buf or an array: let go of it first",
+                )
+            mmap.mmap.close(self._mapping)
+            try:
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEAL_WRITE | SEAL_SEAL)
+            except OSError as error:
+                raise SealError(
+                    error.errno or errno.EBUSY,
+                    "another process has the memory mapped for writing, a receiver or a child that was forked: "
+                    "seal before you send",
+                ) from error
+            finally:
+                self.get()  # maps it again, readably or as before; no variable here, since the error keeps this frame
+
+
 # --- the tables ---------------------------------------------------------------------------------------------------------
-# Read without a lock, by single operations.  A mapping may go at any time, also inside of what holds the lock.
+# A mapping may go at any time, also inside of what holds the lock.
 
 _by_address: dict[int, tuple[int, weakref.ref[Mapping]]] = {}  # start: (end, mapping)
 _by_file: dict[tuple[int, int], weakref.ref[Mapping]] = {}
@@ -110,15 +139,16 @@ _starts: list[int] | None = []
 """The keys of ``_by_address`` in order; None where they have changed."""
 
 _changing = threading.RLock()
-_sealing = threading.RLock()  # taken before the other
+"""Held while the tables change."""
+_sealing = threading.RLock()
+"""Held while a mapping is replaced, and by whoever takes one that others hold: what was taken before is counted as a
+reference.  Taken before the other."""
 
 
 def _after_fork() -> None:
     global _changing, _sealing
-    _changing, _sealing = (
-        threading.RLock(),
-        threading.RLock(),
-    )  # other threads of the parent may have held them
+    _changing = threading.RLock()  # another thread of the parent may have held it
+    _sealing = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -126,20 +156,19 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _enter(mapping: Mapping) -> None:
     global _starts
-    reference = mapping.reference = weakref.ref(mapping)
+    entry = mapping.entry = weakref.ref(mapping)
     with _changing:
-        _by_file[mapping.file] = reference
-        _by_address[mapping.start] = (mapping.start + mapping.size_mapped, reference)
+        _by_file[mapping.file] = entry
+        _by_address[mapping.start] = (mapping.start + mapping.extent, entry)
         _starts = None
 
 
 def _forget(mapping: Mapping) -> None:
     global _starts
-    reference = mapping.reference
     with _changing:
-        if _by_file.get(mapping.file) is reference is not None:
+        if mapping.entry is not None and _by_file.get(mapping.file) is mapping.entry:
             del _by_file[mapping.file]
-        if _by_address.get(mapping.start, (0, None))[1] is reference is not None:
+        if mapping.entry is not None and _by_address.get(mapping.start, (0, None))[1] is mapping.entry:
             del _by_address[mapping.start]
         _starts = None
 
@@ -149,7 +178,8 @@ def find(address: int, size: int) -> tuple[Mapping, int] | None:
     global _starts
     starts = _starts
     if starts is None:
-        starts = _starts = sorted(list(_by_address))  # noqa: C414 -- list() is one step, sorted() is not
+        with _changing:
+            starts = _starts = sorted(_by_address)
     place = bisect.bisect_right(starts, address) - 1
     if place < 0:
         return None
@@ -209,7 +239,7 @@ _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 if sys.version_info >= (3, 13):
 
-    def _map_shared(fd: int, size: int, prot: int) -> Mapping:
+    def _map_file(fd: int, size: int, prot: int) -> Mapping:
         return Mapping(fd, size, flags=mmap.MAP_SHARED, prot=prot, trackfd=False)
 
 else:
@@ -219,7 +249,7 @@ else:
     _libc_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
     _MAP_FIXED = 0x10  # the same number on Linux, macOS and FreeBSD
 
-    def _map_shared(fd: int, size: int, prot: int) -> Mapping:
+    def _map_file(fd: int, size: int, prot: int) -> Mapping:
         mapping = Mapping(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=prot)
         address = address_of(mapping)
         if _libc_mmap(address, size, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
@@ -228,18 +258,18 @@ else:
         return mapping
 
 
-def _map(handle: FdHandle, size: int) -> Mapping:
+def map_shared(handle: FdHandle, size: int) -> Mapping:
     """Map a file of which ``size`` bytes are there, writably where its seals and its descriptor allow, and spend ``handle``."""
     fd = handle.fileno()
-    writable = not _seals(fd) & (_SEAL_WRITE | _SEAL_FUTURE_WRITE)
+    writable = not _seals(fd) & (SEAL_WRITE | SEAL_FUTURE_WRITE)
     try:
-        mapping = _map_shared(fd, size, _READ_WRITE if writable else mmap.PROT_READ)
+        mapping = _map_file(fd, size, _READ_WRITE if writable else mmap.PROT_READ)
     except PermissionError:
         if not writable:
             raise
-        mapping = _map_shared(fd, size, mmap.PROT_READ)  # a descriptor that was opened for reading
+        mapping = _map_file(fd, size, mmap.PROT_READ)  # a descriptor that was opened for reading
     status = os.fstat(fd)
-    mapping.size_mapped = size
+    mapping.extent = size
     mapping.file = status.st_dev, status.st_ino
     mapping.start = address_of(mapping)
     # A handle of its own: one that came with a message is closed with the message where the rest of that fails, and
@@ -266,176 +296,33 @@ def open_mapping(handle: FdHandle) -> Mapping:
     """
     with handle:
         status = os.fstat(handle.fileno())
-        reference = _by_file.get((status.st_dev, status.st_ino))
-        mapping = None if reference is None else reference()
+        mapping = _mapped_already(status)
         if mapping is not None:
-            return mapping.current()
-        if memory.HAVE_MEMFD and not _seals(handle.fileno()) & _SEAL_SHRINK:
+            return mapping
+        if memory.HAVE_MEMFD and not _seals(handle.fileno()) & SEAL_SHRINK:
             raise DecodeError("shared memory arrived that is not sealed against shrinking")
         if not status.st_size:
             raise DecodeError("shared memory arrived that is empty")
         try:
-            return _map(handle, status.st_size)
+            return map_shared(handle, status.st_size)
         except (OSError, MemoryError, ValueError, OverflowError) as error:
             raise DecodeError(f"no room to map shared memory of {status.st_size} bytes: {error}") from error
 
 
-# --- making -------------------------------------------------------------------------------------------------------------
-
-
-def allocate(size: int) -> Mapping:
-    """Return new memory of ``size`` bytes, at least one, all of them zero and there.
-
-    Raises:
-        NoSpaceError, FdLimitError
-    """
-    return _new(size, lambda fd: _reserve(fd, size))
-
-
-def copy_in(parts: Sequence[memoryview]) -> Mapping:
-    """Return new memory with the content of ``parts``, one after the other; at least one byte.
-
-    Raises:
-        NoSpaceError, FdLimitError
-    """
-    return _new(sum(part.nbytes for part in parts), lambda fd: memory._write_all(fd, [*parts]))
-
-
-def _new(size: int, fill: Callable[[int], object]) -> Mapping:
-    if size >= _CHECKED_FROM:
-        _check_room(size)
-    try:
-        handle = (
-            own(os.memfd_create, NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            if memory.HAVE_MEMFD
-            else memory._unlinked()
-        )
-        with handle:
-            fill(handle.fileno())
-            if memory.HAVE_MEMFD:
-                fcntl.fcntl(handle.fileno(), fcntl.F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW)
-            return _map(handle, size)
-    except (OSError, MemoryError, ValueError, OverflowError) as error:
-        raise _typed(error, size) from error
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Make ``size`` bytes of an empty file be there, zeroed, or fail."""
-    try:
-        for offset in range(0, size, _CHUNK):
-            os.posix_fallocate(fd, offset, min(_CHUNK, size - offset))
-    except (AttributeError, OSError) as error:  # macOS has no such call, and not every file system
-        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        os.lseek(fd, 0, os.SEEK_SET)
-        for offset in range(0, size, len(_ZEROS)):
-            memory._write_all(fd, [_ZEROS[: size - offset]])
-
-
-def _typed(error: Exception, size: int) -> Exception:
-    """Return the typed error for shared memory that could not be made."""
-    number = error.errno if isinstance(error, OSError) else errno.ENOMEM
-    if isinstance(error, FdLimitError | NoSpaceError):
-        return error
-    if number in memory._NO_SPACE:
-        return NoSpaceError(number, f"no room for shared memory of {size} bytes: {error}")
-    if number in (errno.EMFILE, errno.ENFILE):
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return FdLimitError(
-            number,
-            f"no descriptor left for shared memory (limit {limit}): close some",
-            needed=1,
-            limit=limit,
-        )
-    return error
-
-
-def _check_room(size: int) -> None:
-    """Refuse what the machine, or this process's control group, cannot have room for.
-
-    Asked for more than there is, Linux gives no error but kills a process.  What is left may be gone a moment later; this
-    is for requests that are wrong by far.
-    """
-    left = min(_left_on_machine(), _group_limit()) if memory.HAVE_MEMFD else sys.maxsize
-    if size > left:
-        raise NoSpaceError(
-            errno.ENOMEM, f"no room for shared memory of {size} bytes: {left} bytes of memory are left"
-        )
-
-
-def _left_on_machine() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = {name: value.split()[0] for name, _, value in (line.partition(":") for line in file)}
-        return 1024 * (int(fields["MemAvailable"]) + int(fields["SwapFree"]))
-    except (OSError, KeyError, ValueError, IndexError):
-        return sys.maxsize
-
-
-@functools.cache
-def _group_limit() -> int:
-    """Return the least of the limits of the control groups around this process, bytes."""
-    least = sys.maxsize
-    try:
-        with open("/proc/self/cgroup", encoding="utf-8") as file:
-            lines = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return least
-    for _, controllers, path in lines:
-        if not controllers:
-            root, name = "/sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        steps = path.strip("/").split("/")[:_MAX_GROUPS]
-        for depth in range(len(steps) + 1):
-            try:
-                with open(os.path.join(root, *steps[:depth], name), encoding="ascii") as limit:
-                    least = min(least, int(limit.read()))
-            except (OSError, ValueError):  # not there, or "max"
-                continue
-    return least
+def _mapped_already(status: os.stat_result) -> Mapping | None:
+    with _sealing:
+        entry = _by_file.get((status.st_dev, status.st_ino))
+        mapping = None if entry is None else entry()
+        return None if mapping is None or mapping.closed else mapping
 
 
 # --- sealing ------------------------------------------------------------------------------------------------------------
 
 
-def seal(mapping: Mapping) -> Mapping:
-    """Make the memory unchangeable for everybody, for ever; return the mapping that takes the place of this one.
-
-    Raises:
-        SealError: something could still write into it; it stays as it is.
-    """
-    with _sealing:
-        mapping = mapping.current()
-        fd = mapping.fd
-        if not memory.HAVE_MEMFD:
-            raise SealError(errno.ENOTSUP, "this system has no memory files that can be sealed")
-        if _seals(fd) & _SEAL_WRITE:
-            return mapping
-        try:
-            mapping.close()
-        except BufferError as error:
-            raise SealError(
-                errno.EBUSY,
-                "this memory is still looked into by a view of its buf, or an array on it: let go of them first",
-            ) from error
-        # Mapped again, readably or as before, by current().
-        _forget(mapping)
-        try:
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_WRITE | _SEAL_SEAL)
-        except OSError as error:
-            raise SealError(
-                error.errno or errno.EBUSY,
-                "another process has this memory mapped for writing (a receiver, or a child that was forked): "
-                "seal it before you send it",
-            ) from error
-        finally:
-            mapping = mapping.current()
-        return mapping
-
-
 def is_sealed(mapping: Mapping) -> bool:
     """Whether nobody can change the memory any more."""
-    return bool(_seals(mapping.current().fd) & _SEAL_WRITE)
+    return bool(_seals(mapping.fd) & SEAL_WRITE)
+
+
+_UNUSED = Holder(object()).references()  # type: ignore[arg-type]
+"""References to a mapping that nobody looks into, as this interpreter counts them."""

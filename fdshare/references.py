@@ -69,8 +69,8 @@ def open_window(mapping: Mapping, offset: int, size: int, readonly: bool) -> mem
     Raises:
         DecodeError: they lie outside.
     """
-    if min(offset, size) < 0 or offset + size > mapping.size_mapped:
-        raise DecodeError(f"a window of {size} bytes at {offset} in shared memory of {mapping.size_mapped}")
+    if min(offset, size) < 0 or offset + size > mapping.extent:
+        raise DecodeError(f"a window of {size} bytes at {offset} in shared memory of {mapping.extent}")
     view = memoryview(mapping)[offset : offset + size]
     return view.toreadonly() if readonly else view
 
@@ -130,9 +130,9 @@ def make_array(
         raise TypeError(
             "an array of Python objects cannot be shared: they are addresses, of one process alone"
         )
-    # Not on the mapping itself: what NumPy looks into as `buffer` it does not export, and nothing would keep the mapping from
-    # being closed below it.  The view does.
-    return np.ndarray(shape, kind, memoryview(mapping), offset, strides, order)
+    # Not on the mapping itself: what NumPy takes as `buffer` it does not export, and the mapping could be closed below it.
+    # frombuffer exports.
+    return np.ndarray(shape, kind, np.frombuffer(mapping, np.uint8), offset, strides, order)
 
 
 for _reducer in (reduce_mapping, reduce_array):

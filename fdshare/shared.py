@@ -8,12 +8,11 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
-from fdshare import mapping as mappings
-from fdshare import reducers
+from fdshare import allocation, reducers
 from fdshare import references as _references  # noqa: F401 -- registers how what lies in it travels
 from fdshare.errors import ClosedError, DecodeError
 from fdshare.handle import Outside
-from fdshare.mapping import Mapping
+from fdshare.mapping import Holder, Mapping, is_sealed
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,15 +38,15 @@ class SharedMemory:
         FdLimitError: no descriptor left.
     """
 
-    __slots__ = ("__weakref__", "_mapping", "_size")
+    __slots__ = ("__weakref__", "_holder", "_size")
 
     def __init__(self, size: int) -> None:
-        self._mapping: Mapping | None = None
+        self._holder: Holder | None = None
         self._size = operator.index(size)
         if self._size < 0:
             raise ValueError(f"shared memory of {size} bytes")
         # An empty file could not be mapped.
-        self._mapping = mappings.allocate(max(self._size, 1))
+        self._holder = Holder.of(allocation.allocate(max(self._size, 1)))
 
     @classmethod
     def from_buffer(cls, b: Any) -> SharedMemory:
@@ -61,7 +60,7 @@ class SharedMemory:
         if not view.nbytes:
             return cls(0)
         view = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
-        return rebuild_memory(mappings.copy_in([view]), len(view))
+        return rebuild_memory(allocation.copy_in([view]), len(view))
 
     @property
     def buf(self) -> memoryview:
@@ -69,7 +68,7 @@ class SharedMemory:
 
         A view stays good after ``close``, and keeps the memory.  Raises ClosedError where this holder is closed.
         """
-        view = memoryview(self._open())
+        view = memoryview(self._held().get())
         return view if len(view) == self._size else view[: self._size]
 
     @property
@@ -80,7 +79,7 @@ class SharedMemory:
     @property
     def sealed(self) -> bool:
         """Whether nobody can change it any more.  Raises ClosedError where this holder is closed."""
-        return mappings.is_sealed(self._open())
+        return is_sealed(self._held().get())
 
     def seal(self) -> None:
         """Make it unchangeable for everybody and for ever, so that it is safe to share with strangers; twice is harmless.
@@ -92,7 +91,7 @@ class SharedMemory:
             SealError: something is left (errno EBUSY), and nothing has changed; or the system has no seals (ENOTSUP).
             ClosedError: this holder is closed.
         """
-        self._mapping = mappings.seal(self._open())
+        self._held().seal()
 
     def fileno(self) -> int:
         """Borrow the descriptor's number, as for ``mmap.mmap``.
@@ -100,25 +99,24 @@ class SharedMemory:
         Raises:
             ClosedError: this holder is closed.
         """
-        return self._open().fd
+        return self._held().get().fd
 
     def close(self) -> None:
         """Give this holder up; twice is harmless, and it never raises.
 
         Views and arrays that look into the memory stay good: it is unmapped, and its descriptor closed, with the last of them.
         """
-        self._mapping = None
+        self._holder = None
 
     @property
     def closed(self) -> bool:
         """Whether this holder was closed."""
-        return self._mapping is None
+        return self._holder is None
 
-    def _open(self) -> Mapping:
-        if self._mapping is None:
+    def _held(self) -> Holder:
+        if self._holder is None:
             raise ClosedError("this SharedMemory was closed")
-        self._mapping = mapping = self._mapping.current()
-        return mapping
+        return self._holder
 
     def __enter__(self) -> SharedMemory:
         return self
@@ -129,7 +127,7 @@ class SharedMemory:
         self.close()
 
     def __repr__(self) -> str:
-        if self._mapping is None:
+        if self._holder is None:
             return f"<SharedMemory {self._size} bytes closed>"
         return f"<SharedMemory {self._size} bytes fd={self.fileno()}{' sealed' if self.sealed else ''}>"
 
@@ -139,18 +137,18 @@ class SharedMemory:
 
 
 def reduce_memory(shared: SharedMemory, context: reducers.Context) -> reducers.Reduced:
-    if shared._mapping is None:
+    if shared._holder is None:
         raise reducers.Refused(shared, "it is closed")
     if context.moving:
         context.consume(shared.close)
-    return rebuild_memory, (shared._open(), shared._size)
+    return rebuild_memory, (shared._held().get(), shared._size)
 
 
 def rebuild_memory(mapping: Mapping, size: int) -> SharedMemory:
-    if not 0 <= size <= mapping.size_mapped:
-        raise DecodeError(f"shared memory of {size} bytes in a file of {mapping.size_mapped}")
+    if not 0 <= size <= mapping.extent:
+        raise DecodeError(f"shared memory of {size} bytes in a file of {mapping.extent}")
     shared = SharedMemory.__new__(SharedMemory)
-    shared._mapping, shared._size = mapping, size
+    shared._holder, shared._size = Holder.of(mapping), size
     return shared
 
 

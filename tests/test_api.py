@@ -87,7 +87,7 @@ ERRORS: dict[str, tuple[type[BaseException], ...]] = {
     "ProtocolError": (OSError,),
     "MessageTooLargeError": (ValueError,),
     "NoSpaceError": (OSError,),
-    "SealError": (BufferError, OSError),
+    "SealError": (OSError, BufferError),
     "AccessDeniedError": (PermissionError,),
     "HandoffExpiredError": (LookupError,),
     "WorkerDiedError": (BrokenProcessPool,),
