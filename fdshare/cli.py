@@ -11,6 +11,7 @@ import errno
 import inspect
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -63,6 +64,20 @@ def _number(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 to {MAX_SECONDS}")
+    return seconds
+
+
+MAX_SECONDS = 10**7
+"""Longest timeout, seconds: what goes to the kernel in milliseconds has 31 bits, and beyond some weeks nobody waits."""
+
+
 def _count(text: str) -> int:
     from fdshare.demo import WORKERS
 
@@ -77,6 +92,135 @@ def demo(arguments: argparse.Namespace) -> int:
     from fdshare.demo import main as play
 
     return play(arguments.requests)
+
+
+_MODES = ("r", "w", "a", "x", "r+", "w+", "a+", "x+")
+
+_MEETING = (
+    argument(
+        "--raw",
+        action="store_true",
+        help="bare SCM_RIGHTS, for a program on the other side that is not fdshare",
+    ),
+    argument(
+        "--transport",
+        choices=("seqpacket", "stream"),
+        help="type of socket (default: seqpacket where there is one; with --raw stream)",
+    ),
+    argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="give up when the other side has been waited for so long, each time (default: wait for ever)",
+    ),
+)
+
+
+def _meeting(arguments: argparse.Namespace, *, listens: bool) -> Any:
+    """Return what the two commands have in common, and let a SIGTERM remove the socket's file."""
+    from fdshare.exchange import Meeting
+
+    if not arguments.address:
+        arguments.wrong("the address is empty")
+    if arguments.address.startswith("fd:") and not listens:
+        arguments.wrong("fd:N is a listening socket, and this side connects")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    return Meeting(
+        address=arguments.address,
+        listens=listens,
+        raw=arguments.raw,
+        transport=arguments.transport,
+        timeout=arguments.timeout,
+    )
+
+
+@command(
+    argument("address", metavar="ADDRESS", help="path of the socket; @NAME for an abstract name (Linux)"),
+    argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="what to open and send; - is the standard input, fd:N a descriptor that the command was given",
+    ),
+    argument("--mode", choices=_MODES, default="r", help="how to open the files, as in Python (default: r)"),
+    argument(
+        "--data", metavar="TEXT", help="with --raw: what goes with the descriptors (default: a zero byte)"
+    ),
+    argument("--listen", action="store_true", help="listen at ADDRESS, and let the other side connect"),
+    *_MEETING,
+)
+def send(arguments: argparse.Namespace) -> int:
+    """Open files and send their descriptors to who listens at ADDRESS.
+
+    It waits until somebody listens, and ends when everything was taken.  The other side is `fdshare recv ADDRESS`, or
+    a Python program, which gets a dict of open files by their names:
+
+        with fdshare.Listener(ADDRESS) as listener, listener.accept() as channel:
+            files = channel.recv()
+
+    The receiver's descriptors share their offset with the files opened here, and keep the access they were opened for.
+    A directory is sent as such.  Only processes of the same user talk to each other, except with --raw.
+
+    With --raw it sends one message for each 253 descriptors.
+    """
+    from fdshare.exchange import send as send_files
+
+    twice = next((name for n, name in enumerate(arguments.files) if name in arguments.files[:n]), None)
+    if twice is not None:
+        arguments.wrong(f"{twice!r} is given twice")
+    if arguments.data is not None and not (arguments.raw and arguments.data):
+        arguments.wrong("--data takes at least one byte, and --raw")
+    data = os.fsencode(arguments.data) if arguments.data else b"\0"
+    meeting = _meeting(arguments, listens=arguments.listen)
+    return send_files(meeting, arguments.files, mode=arguments.mode, data=data)
+
+
+@command(
+    argument(
+        "address",
+        metavar="ADDRESS",
+        help="path of the socket; @NAME for an abstract name (Linux); fd:N for a listening socket that was inherited",
+    ),
+    argument(
+        "--cat", action="store_true", help="copy what the descriptors have to read to the standard output"
+    ),
+    argument("--json", action="store_true", help="print a line of JSON for each message"),
+    argument(
+        "--count",
+        type=_number,
+        metavar="N",
+        help="stop after N messages (default: when the other side closes)",
+    ),
+    argument("--connect", action="store_true", help="connect to ADDRESS, where the other side listens"),
+    *_MEETING,
+    argument(
+        "--exec",
+        dest="command_line",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="become COMMAND, which inherits the descriptors; the rest of the line is its own",
+    ),
+)
+def recv(arguments: argparse.Namespace) -> int:
+    """Listen at ADDRESS, take what somebody sends, and tell what arrived.
+
+    The other side is `fdshare send ADDRESS FILE...`, or a Python program with fdshare.connect.  A message is a pickle, so
+    only processes of the same user are admitted; --raw takes descriptors and bytes alone, from whoever may open the
+    socket's file.
+
+    The COMMAND of --exec is started when the messages are there, as a service manager would start it (sd_listen_fds(3)):
+    descriptors from 3 on, LISTEN_FDS says how many, LISTEN_PID for whom, LISTEN_FDNAMES their names.  Its exit code
+    is then that of fdshare; 127 where there is no such command, 126 where it cannot be started.
+    """
+    from fdshare.exchange import Taking, receive
+
+    if arguments.command_line == []:
+        arguments.wrong("--exec needs a command")
+    if sum((arguments.cat, arguments.json, arguments.command_line is not None)) > 1:
+        arguments.wrong("one of --cat, --json, --exec")
+    how = "cat" if arguments.cat else "json" if arguments.json else "table"
+    taking = Taking(count=arguments.count, how=how, command=arguments.command_line)
+    return receive(_meeting(arguments, listens=not arguments.connect), taking)
 
 
 @command(
@@ -142,7 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         for names, options in arguments:
             subparser.add_argument(*names, **options)
-        subparser.set_defaults(run=run, command=name)
+        subparser.set_defaults(run=run, command=name, wrong=subparser.error)
     return parser
 
 

@@ -1,0 +1,384 @@
+"""``fdshare send`` and ``fdshare recv``: two terminals, one socket, and what passes between them.
+
+=========== ======================= ========================================================================
+form        between                 on the socket
+=========== ======================= ========================================================================
+a channel   fdshare and fdshare     one message, a dict from the names as given to things with a descriptor
+``--raw``   fdshare and any program bare SCM_RIGHTS: a little data with up to 253 descriptors, as often as needed
+=========== ======================= ========================================================================
+
+By default ``recv`` listens and ``send`` connects; each may do the other.  Who connects waits until somebody listens, so the
+order of their start does not matter.  ``send`` ends well when the other side has taken everything.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any, TypeVar
+
+import attrs
+
+import fdshare
+from fdshare import wire
+from fdshare.addresses import connected_socket, inherited_socket, listening_socket
+from fdshare.arrivals import (
+    NOT_EXECUTABLE,
+    NOT_FOUND,
+    Arrival,
+    Item,
+    copy_all,
+    find_items,
+    hand_over_to,
+    is_plain,
+    shortened,
+    tell,
+)
+from fdshare.credentials import peer_credentials
+from fdshare.errors import PeerClosedError
+from fdshare.handle import FdHandle, own, to_socket
+from fdshare.inflight import unread_bytes
+from fdshare.ls import counted
+from fdshare.socketfile import remove
+
+T = TypeVar("T")
+
+__all__ = ["Meeting", "Taking", "receive", "send"]
+
+RETRY_SECONDS = 0.02
+"""How often to look whether somebody listens by now: soon enough for people and scripts, and no load."""
+
+TAKEN_SECONDS = 0.002
+"""How often to look whether the other side has taken what was sent: nothing wakes a sender for that."""
+
+RAW_BUFFER = 1 << 20
+"""Bytes of data taken at once from a peer that is not fdshare: more than a packet has without a raised wmem_max."""
+
+
+@attrs.frozen(kw_only=True)
+class Meeting:
+    """How to find the other side.
+
+    ``address`` is a path, ``@name`` for an abstract name, or ``fd:N`` for a listening socket that was inherited; ``timeout`` is
+    in seconds, for each time that the other side is waited for.
+    """
+
+    address: str
+    listens: bool
+    raw: bool
+    transport: str | None
+    timeout: float | None
+
+    @property
+    def inherited(self) -> int | None:
+        """The number of the inherited socket that the address names, if it does."""
+        return numbered(self.address)
+
+    @property
+    def place(self) -> str:
+        """The address in the kernel's notation."""
+        return "\0" + self.address[1:] if self.address.startswith("@") else self.address
+
+
+def numbered(text: str) -> int | None:
+    """Return N of ``fd:N``; None for every other text, which is a path."""
+    scheme, _, number = text.partition(":")
+    return int(number) if scheme == "fd" and number.isdecimal() else None
+
+
+# --- meeting ---------------------------------------------------------------------------------------------------------------
+
+
+def _note(text: str) -> None:
+    """Tell a person, and no log, why nothing happens."""
+    if sys.stderr.isatty():
+        print(f"fdshare: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _channel(meeting: Meeting) -> Iterator[fdshare.Channel]:
+    """Give a channel to the other side."""
+    if meeting.listens:
+        given: Any = meeting.place if meeting.inherited is None else _inherited(meeting.inherited)
+        with fdshare.Listener(given, transport=meeting.transport) as listener:
+            _note(f"listening at {meeting.address}")
+            try:
+                channel = listener.accept(meeting.timeout)
+            except TimeoutError:
+                raise _nobody_came(meeting) from None
+    else:
+        channel = _connect(
+            meeting,
+            lambda left: fdshare.connect(meeting.place, timeout=left, transport=meeting.transport),
+        )
+    with channel:
+        yield channel
+
+
+@contextmanager
+def _socket(meeting: Meeting) -> Iterator[socket.socket]:
+    """Give a bare socket to the other side."""
+    transport = meeting.transport or "stream"
+    if meeting.listens:
+        sock = _accept_raw(meeting, transport)
+    else:
+        sock = _connect(
+            meeting, lambda left: connected_socket(meeting.place, timeout=left, transport=transport)
+        )
+    with sock:
+        sock.settimeout(meeting.timeout)
+        yield sock
+
+
+def _accept_raw(meeting: Meeting, transport: str) -> socket.socket:
+    identity = None
+    if meeting.inherited is not None:
+        listener = inherited_socket(_inherited(meeting.inherited))
+    else:
+        listener, identity = listening_socket(meeting.place, transport=transport)
+    deadline = _deadline(meeting.timeout)
+    try:
+        with listener:
+            _note(f"listening at {meeting.address}")
+            while fdshare.wait([listener], _left(deadline)):
+                try:
+                    return listener.accept()[0]
+                except (
+                    BlockingIOError,
+                    ConnectionAbortedError,
+                ):  # another process was faster, or it has gone again
+                    continue
+    finally:
+        if identity is not None:
+            remove(os.path.abspath(meeting.place), identity)
+    raise _nobody_came(meeting)
+
+
+def _inherited(number: int) -> FdHandle:
+    try:
+        return own(os.dup, number)
+    except OverflowError:
+        code = errno.EBADF
+    except OSError as error:
+        code = error.errno or errno.EBADF
+    raise OSError(code, f"descriptor {number}: {os.strerror(code)}")
+
+
+def _connect(meeting: Meeting, attempt: Callable[[float | None], T]) -> T:
+    """Try until somebody listens."""
+    deadline = _deadline(meeting.timeout)
+    for tries in count():
+        left = _left(deadline)
+        try:
+            return attempt(left)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if left == 0:
+                raise
+        if not tries:
+            _note(f"waiting for somebody to listen at {meeting.address}")
+        time.sleep(RETRY_SECONDS)
+    raise AssertionError("count() does not end")
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _nobody_came(meeting: Meeting) -> TimeoutError:
+    return TimeoutError(
+        errno.ETIMEDOUT, f"nobody connected to {meeting.address} within {meeting.timeout:g} s"
+    )
+
+
+# --- sending -------------------------------------------------------------------------------------------------------------
+
+
+def send(meeting: Meeting, files: Sequence[str], *, mode: str, data: bytes) -> int:
+    """Open files and send them; return when the other side has taken them.
+
+    Args:
+        files: paths; ``-`` is the standard input, ``fd:N`` a descriptor that was inherited.
+        mode: as of open(), without b and t.
+        data: what goes with the descriptors of a raw message; one byte at least.
+
+    Raises:
+        OSError: a file cannot be opened; nobody came; the other side closed before it had taken them.
+    """
+    with ExitStack() as stack:
+        things: dict[str, Any] = {}
+        for path in files:
+            things["stdin" if path == "-" else path] = stack.enter_context(_open(path, mode))
+        if meeting.raw:
+            with _socket(meeting) as sock:
+                _send_raw(sock, list(things.values()), data)
+                _wait_until_taken(sock, meeting.timeout)
+        else:
+            with _channel(meeting) as channel:
+                channel.send(things, timeout=meeting.timeout)
+                with to_socket(FdHandle.dup(channel)) as sock:
+                    _wait_until_taken(sock, meeting.timeout, channel)
+    return 0
+
+
+def _open(path: str, mode: str) -> io.FileIO | FdHandle:
+    """Open a file without a buffer; a directory becomes a handle, as does what is open already."""
+    if path == "-" and sys.stdin is None:
+        raise OSError(errno.EBADF, "the standard input is closed")
+    given = 0 if path == "-" else numbered(path)
+    if given is not None:
+        return _inherited(given)
+    try:
+        return io.FileIO(path, mode)
+    except IsADirectoryError:
+        if mode != "r":
+            raise
+        return own(os.open, path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _send_raw(sock: socket.socket, things: list[Any], data: bytes) -> None:
+    try:
+        for first in range(0, len(things), wire.MAX_FDS_PER_PACKET):
+            sent = fdshare.send_fds(sock, [data], things[first : first + wire.MAX_FDS_PER_PACKET])
+            while sent < len(data):  # of a stream; the descriptors have gone with the first of it
+                sent += sock.send(data[sent:])
+    except (BrokenPipeError, ConnectionResetError):
+        raise _not_taken() from None
+
+
+def _wait_until_taken(sock: socket.socket, timeout: float | None, channel: Any = None) -> None:
+    """Wait until nothing of what was sent is unread; raise where the other side has closed over it.
+
+    The kernel resets a connection (ECONNRESET) whose other side closes with something unread, or is closed before it
+    was accepted.
+    """
+    deadline = _deadline(timeout)
+    while True:
+        unread = unread_bytes(sock)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            if channel is not None:
+                _say_why(channel)
+            raise _not_taken()
+        if not unread:
+            return
+        if _left(deadline) == 0:
+            raise TimeoutError(errno.ETIMEDOUT, f"the other side did not take it within {timeout:g} s")
+        time.sleep(TAKEN_SECONDS)
+
+
+def _say_why(channel: fdshare.Channel) -> None:
+    """Raise what the other side has said before it closed, if that is why: a refusal, another version or codec."""
+    try:
+        channel.recv(timeout=0)
+    except (PeerClosedError, TimeoutError):
+        pass
+
+
+def _not_taken() -> PeerClosedError:
+    return PeerClosedError(errno.EPIPE, "the other side closed before it had taken everything")
+
+
+# --- receiving -----------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Taking:
+    """What to do with what arrives.
+
+    ``count`` is the number of messages to take, None for all until the other side closes; ``how`` is "table", "json" or "cat";
+    ``command`` is started with the descriptors of all messages, at the end.
+    """
+
+    count: int | None
+    how: str
+    command: Sequence[str] | None
+
+
+def receive(meeting: Meeting, taking: Taking) -> int:
+    """Receive messages, and do with them as told; return the exit code.
+
+    Raises:
+        OSError: nobody came; the other side sent nothing; a message cannot be received or copied.
+    """
+    if taking.command is not None and shutil.which(taking.command[0]) is None:  # before anything is taken
+        code = errno.EACCES if os.path.exists(taking.command[0]) else errno.ENOENT
+        return _cannot_start(taking.command, OSError(code, os.strerror(code)))
+    kept: list[Item] = []
+    with ExitStack() as stack:
+        if meeting.raw:
+            arrivals = _raw_arrivals(stack.enter_context(_socket(meeting)))
+        else:
+            arrivals = _arrivals(stack.enter_context(_channel(meeting)), meeting.timeout)
+        number = 0
+        while number != taking.count and (arrival := _next(arrivals, meeting.timeout)):
+            number = arrival.number
+            with ExitStack() as closing:
+                for item in arrival.items:
+                    closing.callback(getattr(item.thing, "close", _nothing))
+                if taking.command is not None:
+                    kept += arrival.items
+                    stack.push(closing.pop_all())
+                elif taking.how == "cat":
+                    copy_all(arrival)
+                else:
+                    tell(arrival, as_json_text=taking.how == "json")
+        if not number:
+            raise PeerClosedError(errno.EPIPE, "the other side closed without sending anything")
+        if taking.command is not None:
+            sys.stdout.flush()
+            try:
+                hand_over_to(taking.command, kept)
+            except (FileNotFoundError, PermissionError) as error:
+                return _cannot_start(taking.command, error)
+    return 0
+
+
+def _nothing() -> None:
+    """Close what has a descriptor and cannot be closed."""
+
+
+def _next(arrivals: Iterator[Arrival], timeout: float | None) -> Arrival | None:
+    try:
+        return next(arrivals, None)
+    except TimeoutError:
+        raise TimeoutError(errno.ETIMEDOUT, f"the other side sent nothing within {timeout:g} s") from None
+
+
+def _cannot_start(command: Sequence[str], error: OSError) -> int:
+    print(f"fdshare recv: {command[0]}: {error.strerror}", file=sys.stderr)
+    return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+
+
+def _arrivals(channel: fdshare.Channel, timeout: float | None) -> Iterator[Arrival]:
+    for number in count(1):
+        try:
+            message = channel.recv(timeout=timeout)
+        except PeerClosedError:
+            return
+        text = "" if is_plain(message) else shortened(message)
+        yield Arrival(number, channel.peer, find_items(message), text)
+
+
+def _raw_arrivals(sock: socket.socket) -> Iterator[Arrival]:
+    for number in count(1):
+        try:
+            data, handles = fdshare.recv_fds(sock, RAW_BUFFER, wire.MAX_FDS_PER_PACKET)
+        except ConnectionResetError:
+            return
+        if not data and not handles:
+            return
+        items = [Item(str(n), handle) for n, handle in enumerate(handles)]
+        yield Arrival(
+            number, peer_credentials(sock), items, f"{counted(len(data), 'byte')}: {shortened(data)}"
+        )
