@@ -26,10 +26,12 @@ from fdshare.rights import recv_fds, send_fds
 from fdshare.waiting import ChannelSet, wait
 
 if TYPE_CHECKING:
-    from fdshare.arrays import share, shared_array
     from fdshare.addresses import listen_fds
+    from fdshare.arrays import share, shared_array
+    from fdshare.datagrams import ask_credentials, recv_signed, send_signed
     from fdshare.endpoint import Listener, connect
     from fdshare.fields import Descriptor
+    from fdshare.plain import BytesCodec
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
     from fdshare.shared import SharedMemory
@@ -38,14 +40,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "BytesCodec": "fdshare.plain",
     "Descriptor": "fdshare.fields",
     "Listener": "fdshare.endpoint",
     "ProcessPoolExecutor": "fdshare.pool.executor",
     "SharedMemory": "fdshare.shared",
     "TypedCodec": "fdshare.typed",
     "WorkerDiedError": "fdshare.pool.errors",
+    "ask_credentials": "fdshare.datagrams",
     "connect": "fdshare.endpoint",
     "listen_fds": "fdshare.addresses",
+    "recv_signed": "fdshare.datagrams",
+    "send_signed": "fdshare.datagrams",
     "share": "fdshare.arrays",
     "shared_array": "fdshare.arrays",
 }
@@ -77,6 +83,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AccessDeniedError",
+    "BytesCodec",
     "Channel",
     "ChannelSet",
     "ClosedError",
@@ -102,15 +109,18 @@ __all__ = [
     "TypedCodec",
     "WorkerDiedError",
     "any_user",
+    "ask_credentials",
     "connect",
     "groups",
     "listen_fds",
     "move",
     "peer_pidfd",
     "recv_fds",
+    "recv_signed",
     "register",
     "same_user",
     "send_fds",
+    "send_signed",
     "share",
     "shared_array",
     "users",

@@ -159,8 +159,9 @@ class Listener:
         handle = unarmed()
         try:
             # Stored by the loop itself, so that no interrupt comes between the call and the owner.
-            for handle._fd, _ in starmap(self._door.sock._accept, ((),)):  # type: ignore[attr-defined]  # of C
-                break
+            with self._door._reading:  # close() waits for it, so that the number stays ours
+                for handle._fd, _ in starmap(self._door.sock._accept, ((),)):  # type: ignore[attr-defined]  # of C
+                    break
         except (BlockingIOError, ConnectionAbortedError):
             return None
         except OSError as error:

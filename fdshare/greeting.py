@@ -28,6 +28,9 @@ from fdshare.transport import Transport
 
 __all__ = ["Greeting", "greet", "hello_of", "look_for_hello", "refuse"]
 
+FAREWELL_SECONDS = 0.2
+"""How long a failed send waits for another thread that is reading, to say why the peer has closed; that one reads for a tick."""
+
 _forks = 0
 
 
@@ -95,13 +98,17 @@ class Greeting:
 
     def farewell(self, transport: Transport) -> OSError | None:
         """Return why the peer has closed, if it said so."""
+        # Whoever sends on a stream holds the other lock, which close takes second: waiting for ever could be a deadlock.
+        if not transport._reading.acquire(timeout=FAREWELL_SECONDS):
+            return None
         try:
-            with transport._reading:
-                self.take(transport)
+            self.take(transport)
         except (ProtocolError, AccessDeniedError) as why:
             return why
         except OSError:
             pass
+        finally:
+            transport._reading.release()
         return None
 
     def leave(self, transport: Transport) -> None:

@@ -38,7 +38,7 @@ def control_size(descriptors: int) -> int:
     return socket.CMSG_SPACE(4 * descriptors) + _CREDENTIALS
 
 
-_SCM_PIDFD = 4 if sys.platform == "linux" else -1  # absent from the socket module
+SCM_PIDFD = 4 if sys.platform == "linux" else -1  # absent from the socket module
 
 # Plain ints: each operation on the socket module's IntFlags takes longer than a system call.
 CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # absent on macOS
@@ -156,8 +156,10 @@ class Arrived(Adopted):
 def _close_pidfds(ancillary: Iterable[tuple[int, int, bytes]]) -> None:
     """Close what the kernel adds on its own where somebody has set SO_PASSPIDFD on the socket."""
     for level, type, data in ancillary:
-        if (level, type) == (socket.SOL_SOCKET, _SCM_PIDFD):
-            os.close(int.from_bytes(data, sys.byteorder))
+        if (level, type) == (socket.SOL_SOCKET, SCM_PIDFD):
+            pidfd = int.from_bytes(data, sys.byteorder, signed=True)
+            if pidfd >= 0:  # an error otherwise: the sender has ended, or there was no room
+                os.close(pidfd)
 
 
 def numbers_in(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
@@ -291,6 +293,11 @@ def recv_fds(sock: socket.socket, bufsize: int, maxfds: int) -> tuple[bytes, lis
     """
     for arrived in map(Arrived, starmap(sock.recvmsg, ((bufsize, CONTROL_SIZE, CLOEXEC),))):  # noqa: B007 -- see above
         break
+    return arrived[0], take_checked(arrived, bufsize, maxfds)
+
+
+def take_checked(arrived: Arrived, bufsize: int, maxfds: int) -> list[FdHandle]:
+    """Return the descriptors of what arrived, with the checks of :func:`recv_fds`."""
     handles = arrived.adopt()
     if arrived[2] & CONTROL_TRUNCATED:
         handles.close()
@@ -305,4 +312,4 @@ def recv_fds(sock: socket.socket, bufsize: int, maxfds: int) -> tuple[bytes, lis
         raise ProtocolError(f"{len(handles)} descriptors arrived; at most {maxfds} were asked for")
     result = list(handles)
     handles.release()
-    return arrived[0], result
+    return result
