@@ -132,7 +132,7 @@ class Schema:
         self._definitions[name] = ""
         self._open.append(cls)
         hints = self._hints(cls)
-        children += [self._node(hints.get(a.name, a.type), f"{name}.{a.name}") for a in fields]
+        children += [self._node(hints.get(a.name, a.type or Any), f"{name}.{a.name}") for a in fields]
         self._open.pop()
         node.depth = 1 + max((child.depth for child in children), default=0)
         for place, child in zip(places, children, strict=True):
@@ -219,7 +219,7 @@ class Schema:
 def _refusal(annotation: Any) -> str:
     if annotation in (list, tuple, set, frozenset, dict):
         return f"{annotation.__name__} must say of what, such as {annotation.__name__}[str]"
-    if annotation in (Any, object, None):
+    if annotation in (Any, object):
         return "it must say what it is: anything at all cannot be checked"
     if isinstance(annotation, TypeVar):
         return "generic classes are not supported"
