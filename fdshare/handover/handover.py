@@ -7,26 +7,25 @@ import enum
 import logging
 import os
 import socket
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
-
-import attrs
 
 from fdshare.addresses import Address, listen_fds
 from fdshare.credentials import Policy, same_user
 from fdshare.endpoint import Listener
 from fdshare.errors import ClosedError, PeerClosedError
 from fdshare.handle import FdHandle, move
-from fdshare.handover import protocol, systemd
+from fdshare.handover import protocol, spawn, systemd
 from fdshare.handover.adoption import Connections
-from fdshare.handover.binding import BACKLOG, Spec, check_name
+from fdshare.handover.binding import BACKLOG, Spec
 from fdshare.handover.door import Door
 from fdshare.handover.errors import HandoverError
 from fdshare.handover.gate import Gate, GateState, Retired
-from fdshare.handover.gated import HandoverSocket, gated
+from fdshare.handover.gated import HandoverSocket
+from fdshare.handover.hooks import Hooks
+from fdshare.handover.listeners import Listeners, remove_file
 from fdshare.handover.succession import Control, Predecessor, find
 
 if TYPE_CHECKING:
@@ -50,14 +49,6 @@ class _Phase(enum.Enum):
     RETIRED = "retired"
     FAILED = "failed"
     CLOSED = "closed"
-
-
-@attrs.define
-class _Held:
-    sock: HandoverSocket
-    spec: Spec
-    origin: str
-    """"taken" from the predecessor, "inherited" from the service manager, or "bound" here."""
 
 
 _MISSING: Any = object()
@@ -104,16 +95,18 @@ class Handover:
         self._phase = _Phase.INITIALISING
         self._lock = threading.Lock()
         self._gate = Gate()
-        self._held: dict[str, _Held] = {}
         self._states: dict[str, Callable[[], Any]] = {}
-        self._hooks: list[tuple[Callable[[], Any], Callable[[], Any] | None]] = []
-        self._inherited: list[tuple[str, FdHandle]] = []
+        self._hooks = Hooks(self._gate)
         self._door: Door | None = None
         self._predecessor: Predecessor | None = None
         self._control: Control | None = None
+        self._listeners = Listeners(self._gate, None, [])
         try:
-            self._inherited = listen_fds()
+            inherited = listen_fds()
+            self._listeners = Listeners(self._gate, None, inherited)
             self._control, self._predecessor = find(address, allow, timeout)
+            if self._predecessor is not None:
+                self._listeners = Listeners(self._gate, self._predecessor.offer, inherited)
             if self._predecessor is None:
                 self._open_door()  # to tell others that this process is not ready
         except BaseException:
@@ -185,40 +178,15 @@ class Handover:
         return self._listen(name, Spec.unix(path, type, backlog, mode))
 
     def _listen(self, name: str, spec: Spec) -> HandoverSocket:
-        check_name(name)
         self._check_initialising("listen")
-        if name in self._held:
-            raise ValueError(f"there is a listener called {name!r} already")
-        if len(self._held) >= protocol.MAX_LISTENERS:
-            raise ValueError(f"one server has at most {protocol.MAX_LISTENERS} listeners (MAX_LISTENERS)")
-        handle, spec, origin = self._find_socket(name, spec)
-        with handle:
-            sock = gated(handle, self._gate, name)
-        self._held[name] = _Held(sock, spec, origin)
-        return sock
-
-    def _find_socket(self, name: str, spec: Spec) -> tuple[FdHandle, Spec, str]:
-        if self._predecessor is not None:
-            offered = self._predecessor.offer.listeners
-            if name in offered and spec.fits(offered[name][1], offered[name][0]):
-                theirs, handle = offered.pop(name)
-                return handle, attrs.evolve(spec, identity=theirs.identity), "taken"
-        for place, (label, handle) in enumerate(self._inherited):
-            if label == name and spec.suits(handle):
-                del self._inherited[place]
-                return handle, spec, "inherited"
-        return *spec.bind(), "bound"
+        return self._listeners.add(name, spec)
 
     def inherited(self, name: str) -> FdHandle | None:
         """Take a descriptor of that name that systemd started this process with, of any kind; None where there is none.
 
         What is taken neither by this nor by ``listen`` is closed by ``ready``.
         """
-        for place, (label, handle) in enumerate(self._inherited):
-            if label == name:
-                del self._inherited[place]
-                return handle
-        return None
+        return self._listeners.take_inherited(name)
 
     def state(self, name: str, default: Any = _MISSING, *, timeout: float | None = None) -> Any:
         """Ask the predecessor, which goes on serving, for what it offers under ``name``.
@@ -270,7 +238,7 @@ class Handover:
                 process resumes.
             resume: undoes it, where the successor died after all.
         """
-        self._hooks.append((stop, resume))
+        self._hooks.add(stop, resume)
 
     # --- ready ------------------------------------------------------------------------------------------------------------
 
@@ -297,16 +265,16 @@ class Handover:
         states: dict[str, Any] = {}
         assert self._control is not None
         if self._predecessor is not None:
-            kept = [name for name, held in self._held.items() if held.origin == "taken"]
             self._phase = _Phase.FAILED  # unless the next lines succeed
             self._open_door()
-            states = self._predecessor.commit(kept, list(final), self._adopt)
+            states = self._predecessor.commit(self._listeners.taken(), list(final), self._adopt)
         self._phase = _Phase.SERVING
         self._gate.move(GateState.OPEN)
         assert self._door is not None
         self._door.open()
-        self._tell_service_manager()
-        self._close_unwanted()
+        systemd.notify(*systemd.serving(os.getpid()))
+        self._listeners.tell_service_manager()
+        self._listeners.close_unwanted()
         if self._predecessor is not None and not (self._adopt and self._predecessor.alive):
             self._predecessor.channel.close()
         return states
@@ -337,36 +305,13 @@ class Handover:
             listener.close()
             raise
 
-    def _tell_service_manager(self) -> None:
-        if not systemd.notifying():
-            return
-        systemd.notify(*systemd.serving(os.getpid()))
-        unwanted = [name for name, _ in self._inherited if name not in self._held]
-        if self._predecessor is not None:
-            unwanted += self._predecessor.offer.listeners
-        for name in unwanted:
-            systemd.notify("FDSTOREREMOVE=1", f"FDNAME={name}")
-        for name, held in self._held.items():
-            if held.origin == "bound" and held.sock.fileno() >= 0:
-                systemd.notify("FDSTORE=1", f"FDNAME={name}", fds=[held.sock])
-
-    def _close_unwanted(self) -> None:
-        inherited, self._inherited = self._inherited, []
-        for _, handle in inherited:
-            handle.close()
-        if self._predecessor is not None:
-            self._predecessor.offer.close()
-
     # --- what the door asks (in its threads) ----------------------------------------------------------------------------
 
     def what_to_offer(self) -> Mapping[str, Any]:
         """Return the fields of an offer."""
         assert self._control is not None
-        handles: dict[str, tuple[dict[str, Any], FdHandle]] = {}
+        handles = self._listeners.to_offer()
         try:
-            for name, held in self._held.items():
-                if held.sock.fileno() >= 0:  # the program may have closed it
-                    handles[name] = held.spec.to_wire(), FdHandle.dup(held.sock)
             control = FdHandle.dup(self._control.handle)
         except BaseException:
             protocol.close_handles(handles)
@@ -392,26 +337,7 @@ class Handover:
 
     def stop(self) -> Callable[[], None]:
         """Stop accepting; return what resumes it."""
-        self._gate.move(GateState.PAUSED)
-        stopped: list[Callable[[], Any]] = []
-
-        def resume() -> None:
-            for undo in reversed(stopped):
-                try:
-                    undo()
-                except Exception:
-                    logger.exception("a hook of on_stop could not resume")
-            self._gate.move(GateState.OPEN)
-
-        try:
-            for stop, undo in self._hooks:
-                if undo is not None:
-                    stopped.append(undo)
-                stop()
-        except BaseException:
-            resume()
-            raise
-        return resume
+        return self._hooks.stop()
 
     def retire(self, successor: int, kept: Collection[str]) -> None:
         """The process ``successor`` serves now."""
@@ -421,9 +347,7 @@ class Handover:
         self._gate.move(GateState.RETIRED, kept)
         systemd.notify(*systemd.serving(successor))
         systemd.barrier()  # or our end could be seen before the successor is known, and would be the service's
-        for name, held in self._held.items():
-            if name not in kept:
-                _remove_file(held.spec)
+        self._listeners.remove_files(kept)
         assert self._control is not None
         self._control.handle.close()
         logger.info("process %d has succeeded process %d", successor, os.getpid())
@@ -488,19 +412,7 @@ class Handover:
         Raises:
             OSError: it cannot be started.
         """
-        import subprocess
-
-        arguments = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
-        process = subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL)
-
-        def wait() -> None:
-            code = process.wait()
-            if not self.retired.is_set():
-                logger.warning("the successor, process %d, ended with %d", process.pid, code)
-
-        threading.Thread(target=wait, name="fdshare handover successor", daemon=True).start()
-        return process
+        return spawn.start(command)
 
     # --- the end -----------------------------------------------------------------------------------------------------------
 
@@ -527,21 +439,15 @@ class Handover:
         if last and not left:
             if phase is _Phase.SERVING:
                 systemd.notify("STOPPING=1")
-            for held in self._held.values():
-                _remove_file(held.spec)
+            self._listeners.remove_files()
             if self._control is not None:
-                _remove_file(self._control)
+                remove_file(self._control)
         if self._predecessor is not None:
             self._predecessor.channel.close()
-        self._close_unwanted()
-        self._close_sockets()
-        self.retired.close()
-
-    def _close_sockets(self) -> None:
-        for held in self._held.values():
-            held.sock.close()
+        self._listeners.close()
         if self._control is not None:
             self._control.handle.close()
+        self.retired.close()
 
     def _forget(self) -> None:
         """After a fork, in the child: the listening sockets are ordinary ones, and everything else is the parent's."""
@@ -555,7 +461,7 @@ class Handover:
             self._door.forget()
         if self._predecessor is not None:
             self._predecessor.channel.close()
-        self._close_unwanted()
+        self._listeners.close_unwanted()
         if self._control is not None:
             self._control.handle.close()
 
@@ -568,14 +474,9 @@ class Handover:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Handover {self._phase.value} generation={self.generation} listeners={list(self._held)}>"
-
-
-def _remove_file(thing: Spec | Control) -> None:
-    try:
-        thing.remove_file()
-    except OSError as error:  # as after a change of user; the next listener replaces it
-        logger.warning("the file of a socket stays behind: %s", error)
+        return (
+            f"<Handover {self._phase.value} generation={self.generation} listeners={list(self._listeners)}>"
+        )
 
 
 _alive: weakref.WeakSet[Handover] = weakref.WeakSet()

@@ -1,0 +1,153 @@
+"""The sockets of one generation by name: taken from the predecessor, inherited from the service manager, or bound here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any, Protocol
+
+import attrs
+
+from fdshare.handle import FdHandle
+from fdshare.handover import protocol, systemd
+from fdshare.handover.binding import Spec, check_name
+from fdshare.handover.gate import Gate
+from fdshare.handover.gated import HandoverSocket, gated
+from fdshare.handover.succession import Offer
+
+__all__ = ["Listeners", "remove_file"]
+
+logger = logging.getLogger("fdshare.handover")
+
+
+@attrs.frozen
+class _Held:
+    sock: HandoverSocket
+    spec: Spec
+    origin: str
+    """"taken", "inherited" or "bound"."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the program has not closed it."""
+        return self.sock.fileno() >= 0
+
+
+class Listeners:
+    """What this process listens on, behind one gate.
+
+    Args:
+        gate: stands before each of them.
+        offer: what the predecessor gave, if there is one.
+        inherited: what the service manager started this process with.
+    """
+
+    def __init__(self, gate: Gate, offer: Offer | None, inherited: list[tuple[str, FdHandle]]) -> None:
+        self._gate = gate
+        self._offer = offer
+        self._inherited = inherited
+        self._held: dict[str, _Held] = {}
+
+    def __iter__(self) -> Any:
+        return iter(self._held)
+
+    def add(self, name: str, spec: Spec) -> HandoverSocket:
+        """Return a socket for ``spec``, called ``name``.
+
+        Raises:
+            ValueError: a bad name, or one too many.
+            OSError: as bind(2).
+        """
+        check_name(name)
+        if name in self._held:
+            raise ValueError(f"there is a listener called {name!r} already")
+        if len(self._held) >= protocol.MAX_LISTENERS:
+            raise ValueError(f"one server has at most {protocol.MAX_LISTENERS} listeners (MAX_LISTENERS)")
+        handle, spec, origin = self._find(name, spec)
+        with handle:
+            sock = gated(handle, self._gate, name)
+        self._held[name] = _Held(sock, spec, origin)
+        return sock
+
+    def _find(self, name: str, spec: Spec) -> tuple[FdHandle, Spec, str]:
+        offered = self._offer.listeners if self._offer is not None else {}
+        if name in offered and spec.fits(offered[name][1], offered[name][0]):
+            theirs, handle = offered.pop(name)
+            return handle, attrs.evolve(spec, identity=theirs.identity), "taken"
+        for place, (label, handle) in enumerate(self._inherited):
+            if label == name and spec.suits(handle):
+                del self._inherited[place]
+                return handle, spec, "inherited"
+        return *spec.bind(), "bound"
+
+    def take_inherited(self, name: str) -> FdHandle | None:
+        """Take what the service manager calls ``name``; None where there is nothing of that name (any more)."""
+        for place, (label, handle) in enumerate(self._inherited):
+            if label == name:
+                del self._inherited[place]
+                return handle
+        return None
+
+    def taken(self) -> list[str]:
+        """Return the names of those that are the predecessor's own."""
+        return [name for name, held in self._held.items() if held.origin == "taken"]
+
+    def to_offer(self) -> dict[str, tuple[dict[str, Any], FdHandle]]:
+        """Return what a successor is given: duplicates, the caller's.
+
+        Raises:
+            OSError: no descriptor left.
+        """
+        handles: dict[str, tuple[dict[str, Any], FdHandle]] = {}
+        try:
+            for name, held in self._held.items():
+                if held.is_open:
+                    handles[name] = held.spec.to_wire(), FdHandle.dup(held.sock)
+        except BaseException:
+            protocol.close_handles(handles)
+            raise
+        return handles
+
+    def tell_service_manager(self) -> None:
+        """Let it keep what was bound here, and forget what is wanted no more."""
+        if not systemd.notifying():
+            return
+        unwanted = [name for name, _ in self._inherited if name not in self._held]
+        if self._offer is not None:
+            unwanted += self._offer.listeners
+        for name in unwanted:
+            systemd.notify("FDSTOREREMOVE=1", f"FDNAME={name}")
+        for name, held in self._held.items():
+            if held.origin == "bound" and held.is_open:
+                systemd.notify("FDSTORE=1", f"FDNAME={name}", fds=[held.sock])
+
+    def close_unwanted(self) -> None:
+        """Close what was offered or inherited, and nobody asked for."""
+        while self._inherited:
+            self._inherited.pop()[1].close()
+        if self._offer is not None:
+            self._offer.close()
+
+    def remove_files(self, kept: Collection[str] = ()) -> None:
+        """Remove the files of AF_UNIX sockets, but for those of the names in ``kept``."""
+        for name, held in self._held.items():
+            if name not in kept:
+                remove_file(held.spec)
+
+    def close(self) -> None:
+        """Close all of them."""
+        self.close_unwanted()
+        for held in self._held.values():
+            held.sock.close()
+
+
+class _HasFile(Protocol):
+    def remove_file(self) -> None: ...
+
+
+def remove_file(thing: _HasFile) -> None:
+    """Remove the file of a socket; where that is not allowed, it stays behind."""
+    try:
+        thing.remove_file()
+    except OSError as error:  # as after a change of user; the next listener replaces it
+        logger.warning("the file of a socket stays behind: %s", error)
