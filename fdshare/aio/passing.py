@@ -1,0 +1,72 @@
+"""How a connection passes from one Channel object to another, with all that has arrived or was begun; and one that never waits."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, TypeVar
+
+from fdshare import recycle
+from fdshare.channel import Channel
+from fdshare.handle import own, to_socket
+from fdshare.transport import Transport
+
+__all__ = ["Blocked", "Unwaiting", "pass_on"]
+
+ChannelT = TypeVar("ChannelT", bound=Channel)
+
+
+class Blocked(Exception):
+    """Nothing was done, for want of room in the socket; or, where ``events`` is 0, until some time has passed."""
+
+    def __init__(self, events: int) -> None:
+        super().__init__(events)
+        self.events = events
+
+
+def _blocked(events: int, deadline: float | None) -> int:
+    raise Blocked(events)
+
+
+class Unwaiting(Channel):
+    """A channel whose transport raises :class:`Blocked` where it would wait; its owner waits, and closes it."""
+
+    def __del__(self) -> None:
+        """Leave the warning to the owner."""
+
+
+def pass_on(channel: Channel, cls: type[ChannelT]) -> ChannelT:
+    """Close ``channel`` to whoever uses it, threads that are blocked in it included, and return a new one that goes on.
+
+    Raises:
+        ClosedError: it is closed.
+    """
+    transport = _renewed(channel._transport)
+    if issubclass(cls, Unwaiting):
+        vars(transport)["wait"] = _blocked
+    new = cls.__new__(cls)
+    vars(new).update(vars(channel))
+    new._transport = transport
+    new._send_bare = None if channel._send_bare is None else transport.sock.send
+    new._few = None if channel._few is None else transport  # type: ignore[assignment]  # of the same class
+    return new
+
+
+def _renewed(old: Transport) -> Transport:
+    old.check_open()
+    old.closed = True
+    for waker in tuple(old._wakers):
+        waker.wake()
+    with old._reading, old._writing:  # now nobody is in the middle of anything
+        new = old.__class__.__new__(old.__class__)
+        state: dict[str, Any] = vars(new)
+        state.update(vars(old))
+        state.pop("wait", None)
+        new.sock = to_socket(own(old.sock.detach))
+        new.closed = False
+        new._reading, new._writing = threading.RLock(), threading.RLock()
+        new._wakers = set()
+        new._read_with(new._control)
+        new.in_flight._transport = new
+        old.arrived, old.plain = None, False
+    recycle.leave(old)
+    return new
