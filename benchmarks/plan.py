@@ -59,7 +59,7 @@ CASES: tuple[Case, ...] = (
     Case("array-16MiB", "array of 16 MiB", "Arrays", partial(arrays.run_array, size=16 * MIB), ARRAY_PEERS, MP),
     Case(
         "array-128MiB", "array of 128 MiB", "Arrays", partial(arrays.run_array, size=128 * MIB), ARRAY_PEERS, MP,
-        Target("faster", 4.5),
+        Target("faster", 12),
     ),
     Case(
         "array-512MiB", "array of 512 MiB", "Arrays", partial(arrays.run_array, size=512 * MIB), ARRAY_PEERS, MP,

@@ -120,29 +120,38 @@ class _Segment:
         Raises:
             OSError: no space (ENOSPC, ENOMEM).
         """
-        if (
-            size > self.written
-        ):  # fresh pages: the kernel makes and fills them in one step, and says where it cannot
-            offset = 0
-            for view in views:
-                while len(view):
-                    count = os.pwrite(self._fd, view, offset)
-                    offset += count
-                    view = view[count:]
-            self.written = size
-            return
+        # Fresh pages: the kernel makes and fills them in one step, and says where it cannot.
+        copy = self._copy_in if size <= self.written and self._is_mapped() else self._write_at
+        offset = 0
+        for view in views:
+            copy(view, offset)
+            offset += len(view)
+        self.written = max(size, self.written)
+
+    def _is_mapped(self) -> bool:
+        """Map the segment where it is not; False where there is no address space for it."""
         if self._mapping is None:
-            self._mapping = mmap.mmap(self._fd, self.capacity)
+            try:
+                self._mapping = mmap.mmap(self._fd, self.capacity)
+            except OSError:
+                return False
             try:
                 self._mapping.madvise(_POPULATE_WRITE, 0, self.written & -mmap.PAGESIZE)
             except OSError:
                 pass  # an older kernel: each page is mapped when it is written
-        offset = 0
-        for view in views:
-            for begin in range(0, len(view), _CHUNK):
-                piece = view[begin : begin + _CHUNK]
-                self._mapping[offset : offset + len(piece)] = piece
-                offset += len(piece)
+        return True
+
+    def _copy_in(self, view: memoryview, offset: int) -> None:
+        assert self._mapping is not None
+        for begin in range(0, len(view), _CHUNK):
+            piece = view[begin : begin + _CHUNK]
+            self._mapping[offset + begin : offset + begin + len(piece)] = piece
+
+    def _write_at(self, view: memoryview, offset: int) -> None:
+        while len(view):
+            count = os.pwrite(self._fd, view, offset)
+            offset += count
+            view = view[count:]
 
 
 _lock = threading.Lock()
@@ -162,7 +171,7 @@ def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
         None where recycling does not pay, or cannot be had: the caller makes a segment for this message alone.
 
     Raises:
-        OSError: no space, no descriptor.
+        OSError: no space.
     """
     global _last
     now = time.monotonic()
@@ -171,7 +180,11 @@ def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
         trim(now)
         if not steady:
             return None
-        segment = _take(size)
+        try:
+            segment = _take(size)
+        except OSError:  # no descriptor left for it
+            _clear()
+            return None
         if segment is None:
             return None
         _users.add(user)
@@ -179,7 +192,7 @@ def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
         handle = segment.lease()
     except OSError:
         segment.close()
-        return None  # /proc is not there, or not ours after a change of user; or there is no room: the caller sees
+        return None  # /proc is not there, or not ours after a change of user; or no descriptor is left
     try:
         segment.write(views, size)
     except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -274,6 +275,30 @@ def channel_message(bare: object, *, trusted: bool) -> fdshare.codec.Incoming:
 
 
 # --- where it cannot be had ----------------------------------------------------------------------------------------------
+
+
+def test_last_descriptor_is_not_spent_on_keeping() -> None:
+    checked_child(_send_with_few_descriptors)
+
+
+def _send_with_few_descriptors() -> None:
+    numpy = pytest.importorskip("numpy")
+    a, b = fdshare.Pipe()
+    with a, b:
+        for number in range(3):
+            a.send(numpy.full(SIZE, number, "u1"))
+            assert (b.recv() == number).all()
+        recycle.give_up()
+        used = len(os.listdir("/proc/self/fd")) - 1
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for spare in (1, 2, 3, 4):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, limits[1]))
+            for number in range(3):
+                a.send(numpy.full(SIZE, number, "u1"))
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                assert (b.recv() == number).all()
+                resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_without_proc_segments_are_sealed() -> None:
