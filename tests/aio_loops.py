@@ -73,7 +73,7 @@ async def receive_all(channel: AsyncChannel, numbers: range) -> None:
 
 
 async def fill(channel: AsyncChannel, size: int = 1000) -> int:
-    """Send messages ``(0, bytes)``, ``(1, bytes)``, … until one would have to wait, which is given up; return how many were sent."""
+    """Send messages ``(number, bytes)`` until one would have to wait, which is given up; return how many were sent."""
     count = 0
     while True:
         try:

@@ -22,7 +22,6 @@ from fdshare import (
     FdLimitError,
     NotSendableError,
     PeerClosedError,
-    aio,
     wire,
 )
 from fdshare.aio import AsyncChannel
@@ -373,7 +372,7 @@ def test_a_burst_leaves_time_for_others(run: Run, transport: str) -> None:
                 await a.send(number)
                 assert await b.recv() == number
             ticker.cancel()
-        assert 5 < rounds
+        assert rounds > 5
 
     run(main)
 

@@ -1,4 +1,4 @@
-"""How a connection passes from one Channel object to another, with all that has arrived or was begun; and one that never waits."""
+"""A connection passes from one Channel object to another, with all that has arrived or was begun; a channel that never waits."""
 
 from __future__ import annotations
 
