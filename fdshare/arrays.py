@@ -128,15 +128,25 @@ class _Sharer(pickle.Pickler):
 
 
 def _reduce_array(array: NDArray[Any], numpy: Any) -> Any:
-    """Make an array lend its memory: NumPy copies one that has gaps, or is of a subclass."""
-    cls = type(array)
-    if array.dtype.hasobject:
+    """Make an array lend its memory: NumPy copies one that has gaps, or holds dates, or is of a subclass."""
+    cls, dtype = type(array), array.dtype
+    if dtype.hasobject or not dtype.itemsize:
         return NotImplemented  # by value, in what else is shared
-    if cls is numpy.ndarray:
-        return NotImplemented if array.flags.forc else numpy.ascontiguousarray(array).__reduce_ex__(PROTOCOL)
-    return (
-        (as_class, (numpy.asarray(array), cls)) if cls in (numpy.recarray, numpy.matrix) else NotImplemented
-    )
+    if cls is not numpy.ndarray:
+        if cls in (numpy.recarray, numpy.matrix):
+            return as_class, (numpy.asarray(array), cls)
+        return NotImplemented
+    order: Any = "F" if array.flags.fnc else "C"
+    flat = array.ravel(order).view(numpy.uint8)  # a copy where there are gaps
+    return array_of_bytes, (pickle.PickleBuffer(flat), dtype, array.shape, order)
+
+
+def array_of_bytes(buffer: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> NDArray[Any]:
+    """Return an array on a buffer, which has just its size; raises where it has not."""
+    import numpy as np
+
+    array: NDArray[Any] = np.frombuffer(buffer, np.uint8).view(dtype)
+    return array.reshape(shape, order=order)
 
 
 def as_class(array: NDArray[Any], cls: Any) -> NDArray[Any]:

@@ -31,7 +31,16 @@ from fdshare import memory
 from fdshare.errors import DecodeError, SealError
 from fdshare.handle import FdHandle, _arm, hand_over, unarmed
 
-__all__ = ["Holder", "Mapping", "address_of", "find", "is_sealed", "map_shared", "open_mapping"]
+__all__ = [
+    "Holder",
+    "Mapping",
+    "address_of",
+    "find",
+    "is_sealed",
+    "map_received",
+    "map_shared",
+    "mapped_already",
+]
 
 # The numbers are the same on Linux and FreeBSD; where there are no memory files, fcntl lacks the names.
 SEAL_SEAL, SEAL_SHRINK, SEAL_GROW, SEAL_WRITE = 0x1, 0x2, 0x4, 0x8
@@ -288,32 +297,31 @@ def _seals(fd: int) -> int:
         return 0
 
 
-def open_mapping(handle: FdHandle) -> Mapping:
-    """Consume a descriptor that was received: map the whole file, or find it mapped already.
-
-    Raises:
-        DecodeError: it is not memory that can be mapped safely, or there is no room.
-    """
-    with handle:
-        status = os.fstat(handle.fileno())
-        mapping = _mapped_already(status)
-        if mapping is not None:
-            return mapping
-        if memory.HAVE_MEMFD and not _seals(handle.fileno()) & SEAL_SHRINK:
-            raise DecodeError("shared memory arrived that is not sealed against shrinking")
-        if not status.st_size:
-            raise DecodeError("shared memory arrived that is empty")
-        try:
-            return map_shared(handle, status.st_size)
-        except (OSError, MemoryError, ValueError, OverflowError) as error:
-            raise DecodeError(f"no room to map shared memory of {status.st_size} bytes: {error}") from error
-
-
-def _mapped_already(status: os.stat_result) -> Mapping | None:
+def mapped_already(fd: int) -> Mapping | None:
+    """Return the mapping that this process has of a file, or None."""
+    status = os.fstat(fd)
     with _sealing:
         entry = _by_file.get((status.st_dev, status.st_ino))
         mapping = None if entry is None else entry()
         return None if mapping is None or mapping.closed else mapping
+
+
+def map_received(handle: FdHandle) -> Mapping:
+    """Map the whole of a file that came from another process, and spend ``handle``.
+
+    Raises:
+        DecodeError: it is not memory that can be mapped safely, or there is no room; ``handle`` is as before.
+    """
+    fd = handle.fileno()
+    if memory.HAVE_MEMFD and not _seals(fd) & SEAL_SHRINK:
+        raise DecodeError("shared memory arrived that is not sealed against shrinking")
+    size = os.fstat(fd).st_size
+    if not size:
+        raise DecodeError("shared memory arrived that is empty")
+    try:
+        return map_shared(handle, size)
+    except (OSError, MemoryError, ValueError, OverflowError) as error:
+        raise DecodeError(f"no room to map shared memory of {size} bytes: {error}") from error
 
 
 # --- sealing ------------------------------------------------------------------------------------------------------------

@@ -118,6 +118,16 @@ def take(index: int, expected_format: int) -> FdHandle:
     return handle
 
 
+def give_back(index: int, handle: FdHandle) -> None:
+    """Leave a descriptor that :func:`take` gave to whoever takes it next; it is closed with the message where nobody does."""
+    message = decoding.message
+    assert message is not None
+    if message.handles[index] is handle:
+        message.given[index] = False
+    else:  # it is a duplicate
+        handle.close()
+
+
 def built(obj: T) -> T:
     """Note an object that took a descriptor over, so that it is closed where the rest of the message fails."""
     if decoding.message is not None:

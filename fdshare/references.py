@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fdshare import reducers
 from fdshare.errors import DecodeError
 from fdshare.handle import format_of
-from fdshare.mapping import Mapping, address_of, find, open_mapping
+from fdshare.mapping import Mapping, address_of, find, map_received, mapped_already
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +38,12 @@ def reduce_mapping(mapping: Mapping, context: reducers.Context) -> reducers.Redu
 
 
 def rebuild_mapping(index: int, format: int) -> Mapping:
-    return open_mapping(reducers.take(index, format))
+    handle = reducers.take(index, format)
+    mapping = mapped_already(handle.fileno())
+    if mapping is None:
+        return map_received(handle)
+    reducers.give_back(index, handle)
+    return mapping
 
 
 # --- buffers --------------------------------------------------------------------------------------------------------------
@@ -103,6 +108,8 @@ def rebuild_array(
     writeable: bool,
     cls: Any = None,
 ) -> NDArray[Any]:
+    if not 0 <= offset <= mapping.extent:  # NumPy itself looks at the end alone
+        raise DecodeError(f"an array at {offset} in shared memory of {mapping.extent}")
     array = make_array(mapping, dtype, shape, strides, offset)
     if not writeable:
         array.flags.writeable = False

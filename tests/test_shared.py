@@ -543,7 +543,7 @@ def _without_space(kind: str) -> None:
 
 
 def test_no_space_by_file_size_limit(kind: str) -> None:
-    checked_child(_without_space, kind)
+    checked_child(_without_space, kind, method="fork")
 
 
 @pytest.mark.parametrize("size", [1 << 45, 1 << 60, 1 << 63, 1 << 80])
@@ -562,7 +562,7 @@ def _without_address_space() -> None:
 
 
 def test_no_space_in_the_address_space() -> None:
-    checked_child(_without_address_space)
+    checked_child(_without_address_space, method="fork")
 
 
 def _without_descriptors() -> None:
@@ -581,7 +581,7 @@ def _without_descriptors() -> None:
 
 
 def test_no_descriptor_left() -> None:
-    checked_child(_without_descriptors)
+    checked_child(_without_descriptors, method="fork")
 
 
 def test_group_limits_are_read() -> None:
