@@ -121,7 +121,7 @@ def tell(arrival: Arrival, *, as_json_text: bool) -> None:
     """Print what arrived: a table for people, or a line of JSON."""
     found = _described(arrival.items)
     if as_json_text:
-        told = [{"name": item.name, **as_json(one)} for item, one in zip(arrival.items, found, strict=True)]
+        told = [{"item": item.name, **as_json(one)} for item, one in zip(arrival.items, found, strict=True)]
         peer = {"pid": arrival.peer.pid, "uid": arrival.peer.uid, "gid": arrival.peer.gid}
         whole = {"message": arrival.number, "peer": peer, "text": arrival.text, "descriptors": told}
         print(json.dumps(whole), flush=True)

@@ -226,7 +226,10 @@ def send(meeting: Meeting, files: Sequence[str], *, mode: str, data: bytes) -> i
                 _wait_until_taken(sock, meeting.timeout)
         else:
             with _channel(meeting) as channel:
-                channel.send(things, timeout=meeting.timeout)
+                try:
+                    channel.send(things, timeout=meeting.timeout)
+                except PeerClosedError:
+                    raise _not_taken() from None
                 with to_socket(FdHandle.dup(channel)) as sock:
                     _wait_until_taken(sock, meeting.timeout, channel)
     return 0

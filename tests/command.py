@@ -18,13 +18,12 @@ TIMEOUT = 45.0
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run ``fdshare ARGUMENTS`` to its end."""
-    given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "cwd": ROOT}
     if "stdout" in options:
         given |= {"stderr": subprocess.PIPE}
         del given["capture_output"]
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
-        cwd=ROOT,
         timeout=TIMEOUT,
         check=False,
         **given | options,
@@ -44,7 +43,8 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 
 AS_NOBODY = """
 import email.parser, multiprocessing.connection, multiprocessing.popen_fork, os, sys  # loaded while the files can still be read
-import fdshare.doctor, fdshare.ls
+import fdshare.doctor, fdshare.exchange, fdshare.ls
+fdshare.connect
 from fdshare.cli import main
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
