@@ -314,8 +314,8 @@ class Channel:
             transport.in_flight.note(reservation)
 
     def _write_segment(self, plan: packets.Plan) -> tuple[wire.Header, FdHandle]:
-        user = self._transport if self._codec is _PICKLE else None
-        return plan.write_segment(user, piped=self._transport.limits is None)
+        trusted = self._codec is _PICKLE
+        return plan.write_segment(self._transport if trusted else None, piped=trusted)
 
     def _with_bundle(
         self, header: wire.Header, payload: list[Any], fds: list[int], deadline: float | None

@@ -34,8 +34,9 @@ __all__ = ["HAVE_MEMFD", "HAVE_PIPE_SIZE", "Form", "map_segment", "prepare_to_ma
 
 T = TypeVar("T")
 
-Form = Literal["sealed", "leased", "copied", "checked"]
-"""What a receiver may do with a segment: map it, map it where it trusts the sender, copy it; copy it once it is sealed."""
+Form = Literal["sealed", "leased", "copied", "checked", "regular"]
+"""What a receiver does with a segment: maps it, maps it where it trusts the sender, copies it; and where it does not trust
+the sender: copies it once it is sealed, or once it is a regular file."""
 
 HAVE_MEMFD = hasattr(os, "memfd_create")
 """Whether segments are memfds; read at each use, so that tests can switch it off."""
@@ -180,7 +181,11 @@ def map_segment(handle: FdHandle, size: int, form: Form) -> memoryview:
         fd = handle.fileno()
         if not size:
             return memoryview(bytearray())
-        if form == "copied":
+        if (
+            form == "regular" and format_of(fd) != stat.S_IFREG
+        ):  # from a pipe, others could take what is being waited for
+            raise DecodeError("a message's segment is not a regular file")
+        if form in ("copied", "regular"):
             return _mapped(_read, fd, size)
         try:  # first of all: of a memfd nothing blocks, where a mere fstat may on a file system of the sender's own
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)

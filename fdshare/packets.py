@@ -62,10 +62,10 @@ def plan(out: Outgoing, type: int, inline: int, nonce: int) -> Plan:
 
 
 def _form(flags: int, trusted: bool) -> memory.Form:
-    if flags & wire.FILE or (flags & wire.LEASED and not trusted):
-        return "copied"
     if not trusted:
-        return "checked"
+        return "regular" if flags & wire.FILE else "checked"
+    if flags & wire.FILE:
+        return "copied"
     return "leased" if flags & wire.LEASED else "sealed"
 
 

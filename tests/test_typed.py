@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import os
 import pickle
 import subprocess
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Optional, TypeVar, Union
 
 import attrs
@@ -539,13 +541,19 @@ def test_name_says_what_both_ends_must_agree_on() -> None:
 
 
 def test_name_is_the_same_in_every_process() -> None:
-    code = "import sys; sys.path.insert(0, 'tests'); import typed_messages as m; print(m.VALUES.name, m.DESCRIPTORS.name)"
+    code = "import typed_messages as m; print(m.VALUES.name, m.DESCRIPTORS.name)"
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     runs = {
         subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=30, env={"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
         ).stdout
         for seed in "12"
-    }  # fmt: skip
+    }
     assert len(runs) == 1
     assert runs.pop().split()[0] == VALUES.name
 
