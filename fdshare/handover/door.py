@@ -66,6 +66,9 @@ class Host(Protocol):
     def answer_state(self, name: str) -> Any:
         """Return application state; KeyError where there is none of that name."""
 
+    def final_states(self, names: list[str]) -> dict[str, Any]:
+        """Return those of these states that there are."""
+
     def begin_offer(self) -> None:
         """A successor is being given the sockets."""
 
@@ -262,8 +265,7 @@ class Door:
         self.state = DoorState.HANDING
         resume = self._host.stop()
         try:
-            states = {name: self._host.answer_state(name) for name in final}
-            protocol.send(channel, "go", states=states)
+            protocol.send(channel, "go", states=self._host.final_states(final))
             protocol.receive(channel, "serving", timeout=START_SECONDS)
         except BaseException as error:
             if not isinstance(error, PeerClosedError | ClosedError):

@@ -252,7 +252,7 @@ class Handover:
             final: states to be taken after the predecessor has stopped accepting, and before this process begins.
 
         Returns:
-            the final states by name; without those of a predecessor that has died.
+            the final states by name: those that the predecessor offers, and none of one that has died.
 
         Raises:
             HandoverRevokedError: the predecessor has taken its offer back (successor_timeout), or could not stop.
@@ -327,6 +327,10 @@ class Handover:
         """Return application state; KeyError where there is none of that name."""
         return self._states[name]()
 
+    def final_states(self, names: list[str]) -> dict[str, Any]:
+        """Return those of these states that there are."""
+        return {name: self._states[name]() for name in names if name in self._states}
+
     def begin_offer(self) -> None:
         """A successor is being given the sockets."""
         systemd.notify(*systemd.reloading())
@@ -362,6 +366,11 @@ class Handover:
             asyncio.CancelledError: the task was cancelled.
         """
         return await self.retired
+
+    @property
+    def adopts(self) -> bool:
+        """Whether this process takes connections of its predecessor."""
+        return self._adopt
 
     @property
     def successor_adopts(self) -> bool:
