@@ -13,7 +13,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import fdshare
@@ -117,14 +118,13 @@ _MEETING = (
 
 
 def _meeting(arguments: argparse.Namespace, *, listens: bool) -> Any:
-    """Return what the two commands have in common, and let a SIGTERM remove the socket's file."""
+    """Return what the two commands have in common."""
     from fdshare.exchange import Meeting
 
     if not arguments.address:
         arguments.wrong("the address is empty")
     if arguments.address.startswith("fd:") and not listens:
         arguments.wrong("fd:N is a listening socket, and this side connects")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     return Meeting(
         address=arguments.address,
         listens=listens,
@@ -132,6 +132,20 @@ def _meeting(arguments: argparse.Namespace, *, listens: bool) -> Any:
         transport=arguments.transport,
         timeout=arguments.timeout,
     )
+
+
+@contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """Let a SIGTERM be an orderly end in the block, which removes the socket's file; 128 + 15 as of a shell."""
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    except ValueError:  # only the main thread has to do with signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @command(
@@ -172,7 +186,8 @@ def send(arguments: argparse.Namespace) -> int:
         arguments.wrong("--data takes at least one byte, and --raw")
     data = os.fsencode(arguments.data) if arguments.data else b"\0"
     meeting = _meeting(arguments, listens=arguments.listen)
-    return send_files(meeting, arguments.files, mode=arguments.mode, data=data)
+    with _tidy_when_terminated():
+        return send_files(meeting, arguments.files, mode=arguments.mode, data=data)
 
 
 @command(
@@ -220,7 +235,9 @@ def recv(arguments: argparse.Namespace) -> int:
         arguments.wrong("one of --cat, --json, --exec")
     how = "cat" if arguments.cat else "json" if arguments.json else "table"
     taking = Taking(count=arguments.count, how=how, command=arguments.command_line)
-    return receive(_meeting(arguments, listens=not arguments.connect), taking)
+    meeting = _meeting(arguments, listens=not arguments.connect)
+    with _tidy_when_terminated():
+        return receive(meeting, taking)
 
 
 @command(
