@@ -156,8 +156,11 @@ def _connect(sock: socket.socket, address: str | bytes, timeout: float | None) -
     try:
         sock.connect(address)
         return
-    except BlockingIOError:  # the backlog is full: there is nothing to poll for, so the kernel must wait
-        pass
+    except (
+        BlockingIOError
+    ) as error:  # the backlog is full: there is nothing to poll for, so the kernel must wait
+        if timeout is not None and timeout <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, "the listener's backlog is full") from error
     deadline = None if timeout is None else time.monotonic() + timeout
     # A socket that Python believes not to block: where it waits itself, it takes EINTR for a success.
     os.set_blocking(sock.fileno(), True)

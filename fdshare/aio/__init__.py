@@ -1,7 +1,10 @@
-"""asyncio: channels whose waiting leaves the event loop free."""
+"""asyncio: channels and listeners whose waiting leaves the event loop free."""
 
 from __future__ import annotations
 
 from fdshare.aio.channel import AsyncChannel, Pipe
+from fdshare.aio.endpoint import Listener, connect
+from fdshare.aio.serving import Server, serve
+from fdshare.aio.waiting import Waits
 
-__all__ = ["AsyncChannel", "Pipe"]
+__all__ = ["AsyncChannel", "Listener", "Pipe", "Server", "Waits", "connect", "serve"]

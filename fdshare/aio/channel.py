@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -213,6 +214,25 @@ class AsyncChannel(AsyncEnd):
                     return message
         finally:
             turn.leave()
+
+    async def _hello(self) -> None:
+        """Wait for the peer's hello, before anybody receives.
+
+        Raises:
+            OSError: as the first recv would.
+        """
+        waits, transport = self._enter(), self._transport
+        while transport.greeting is not None and not transport.greeting.take(transport):
+            await waits.readable()
+            transport.check_open()
+
+    def _end_input(self) -> None:
+        """Let ``recv`` tell the end of the connection, after what has arrived already."""
+        if not self.closed:
+            try:
+                self._transport.sock.shutdown(socket.SHUT_RD)
+            except OSError:
+                pass  # it has ended
 
     # --- sending ----------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fdshare import reducers
 from fdshare.aio.passing import Unwaiting, pass_on
-from fdshare.aio.waiting import AsyncioWaits, Nowhere, Waits
+from fdshare.aio.waiting import AsyncioWaits, InLoop, Waits
 from fdshare.channel import Channel
 from fdshare.credentials import PeerCredentials
 from fdshare.handle import Outside
@@ -23,10 +23,8 @@ __all__ = ["AsyncEnd"]
 BURST = 64
 """Messages that a channel moves in a row before it lets the other tasks run, which takes as long as moving two."""
 
-_NOWHERE: Waits = Nowhere()
 
-
-class AsyncEnd:
+class AsyncEnd(InLoop):
     """One end of a connection in an event loop."""
 
     def __init__(self, channel: Channel | AsyncEnd) -> None:
@@ -35,7 +33,7 @@ class AsyncEnd:
         source: Channel = channel._channel if isinstance(channel, AsyncEnd) else channel
         self._channel: Unwaiting = pass_on(source, Unwaiting)
         self._transport = self._channel._transport
-        self._waits = _NOWHERE
+        super().__init__()
         self._credit = BURST
         self._input = select.poll()
         self._input.register(self._transport.sock.fileno(), select.POLLIN)
@@ -53,22 +51,8 @@ class AsyncEnd:
         self._leave_loop()
         return pass_on(self._channel, Channel)
 
-    # --- the event loop ---------------------------------------------------------------------------------------------------
-
     def _make_waits(self) -> Waits:
-        return AsyncioWaits(self._transport.sock.fileno(), partial(_fetch, self._transport))
-
-    def _enter(self) -> Waits:
-        """Return how to wait in the event loop that runs now."""
-        if not self._waits.is_here():
-            self._transport.check_open()
-            self._leave_loop()
-            self._waits = self._make_waits()
-        return self._waits
-
-    def _leave_loop(self) -> None:
-        self._waits.leave(None)
-        self._waits = _NOWHERE
+        return AsyncioWaits(self._channel.fileno(), partial(_fetch, self._transport))
 
     # --- the descriptor ---------------------------------------------------------------------------------------------------
 
@@ -98,8 +82,7 @@ class AsyncEnd:
             OSError: as close(2).
         """
         if not self._transport.closed:
-            waits, self._waits = self._waits, _NOWHERE
-            waits.leave(self._transport.close)
+            self._leave_loop(self._transport.close)
 
     async def aclose(self) -> None:
         """Close this end, as :meth:`close` does: what was sent is with the kernel, so there is nothing to wait for.

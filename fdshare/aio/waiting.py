@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
-__all__ = ["AsyncioWaits", "Turn", "Waits"]
+__all__ = ["AsyncioWaits", "InLoop", "Turn", "Waits", "always"]
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ class AsyncioWaits:
         self._loop = loop = get_running_loop()
         self._pid = os.getpid()
         self._reader = _Direction(loop, fd, fetch, writing=False)
-        self._writer = _Direction(loop, fd, _always, writing=True)
+        self._writer = _Direction(loop, fd, always, writing=True)
         self.readable = self._reader.ready
         self.writable = self._writer.ready
         self.sleep = asyncio.sleep
@@ -188,7 +188,42 @@ class AsyncioWaits:
             close()
 
 
-def _always() -> bool:
+class InLoop:
+    """What the tasks of an event loop wait for: it belongs to that loop from the first wait on, until another one takes it."""
+
+    def __init__(self) -> None:
+        self._waits: Waits = _NOWHERE
+
+    def _make_waits(self) -> Waits:
+        """Return how to wait in the event loop that runs now.
+
+        Raises:
+            ClosedError
+        """
+        raise NotImplementedError
+
+    def _enter(self) -> Waits:
+        if not self._waits.is_here():
+            self._leave_loop()
+            self._waits = self._make_waits()
+        return self._waits
+
+    def _leave_loop(self, close: Callable[[], object] | None = None) -> None:
+        """Leave the event loop, and then call ``close``.
+
+        Raises:
+            RuntimeError: there is no ``close``, and the event loop of another thread still runs.
+        """
+        waits = self._waits
+        waits.leave(close)
+        self._waits = _NOWHERE
+
+
+_NOWHERE: Waits = Nowhere()
+
+
+def always() -> bool:
+    """Agree that the socket is ready."""
     return True
 
 
@@ -264,7 +299,7 @@ def _sets_nonblocking(loop: asyncio.AbstractEventLoop) -> bool:
     if found is None:
         ours, other = socket.socketpair()
         with ours, other:
-            loop.add_reader(ours.fileno(), _always)
+            loop.add_reader(ours.fileno(), always)
             found = hasattr(select, "epoll") and not os.get_blocking(ours.fileno())
             loop.remove_reader(ours.fileno())
         _setting[type(loop)] = found

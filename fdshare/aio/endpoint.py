@@ -1,0 +1,215 @@
+"""``connect`` and ``Listener`` for event loops: those of ``fdshare.endpoint``, which never wait here."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import warnings
+from typing import TYPE_CHECKING, Any, Self
+
+from fdshare import endpoint, reducers
+from fdshare.addresses import DEFAULT_BACKLOG, Address
+from fdshare.aio.channel import AsyncChannel
+from fdshare.aio.end import BURST
+from fdshare.aio.waiting import AsyncioWaits, InLoop, Waits, always
+from fdshare.codec import Codec
+from fdshare.credentials import Policy, same_user
+from fdshare.errors import ClosedError
+from fdshare.handle import FdHandle, Outside
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["Listener", "connect"]
+
+CONNECT_TICK_SECONDS = 0.002
+"""How soon a full backlog is tried again: nothing but a blocking connect could wait for it."""
+
+MAX_CONNECT_TICK_SECONDS = 0.1
+"""The longest pause between two tries; each is twice as long as the one before."""
+
+
+async def connect(
+    address: Address, *, allow: Policy = same_user, codec: Codec | None = None, transport: str | None = None
+) -> AsyncChannel:
+    """Connect to a listener; arguments are those of ``fdshare.connect``, with ``asyncio.timeout`` in place of its timeout.
+
+    Raises:
+        FileNotFoundError, ConnectionRefusedError: nobody listens there.
+        AccessDeniedError: another user listens there.
+        PermissionError: this user may not connect.
+        OSError: EPROTOTYPE: the listener has another transport.
+        ValueError: a bad address or transport.
+    """
+    pause = CONNECT_TICK_SECONDS
+    while True:
+        try:
+            return AsyncChannel(
+                endpoint.connect(address, timeout=0.0, allow=allow, codec=codec, transport=transport)
+            )
+        except TimeoutError:
+            pass
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, MAX_CONNECT_TICK_SECONDS)
+
+
+class Listener(InLoop):
+    """Listens at an address, and gives an :class:`AsyncChannel` for each peer that is admitted.
+
+    Several tasks may accept at once; they have their turn in order.  Listeners travel in messages, and arrive as such.
+
+    Args:
+        address: as for ``fdshare.Listener``; or one of those, which is spent.
+        backlog, allow, codec, mode, transport: as for ``fdshare.Listener``; unused where that is given.
+
+    Raises:
+        OSError: EADDRINUSE where somebody listens there; what the directory says.
+        ValueError: a bad address, mode or transport, or not a listening AF_UNIX socket.
+    """
+
+    _make_channel: type[AsyncChannel] = AsyncChannel
+
+    def __init__(
+        self,
+        address: Address | FdHandle | socket.socket | int | endpoint.Listener,
+        *,
+        backlog: int = DEFAULT_BACKLOG,
+        allow: Policy = same_user,
+        codec: Codec | None = None,
+        mode: int = 0o600,
+        transport: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._credit = BURST
+        self._listener = (
+            address
+            if isinstance(address, endpoint.Listener)
+            else endpoint.Listener(
+                address, backlog=backlog, allow=allow, codec=codec, mode=mode, transport=transport
+            )
+        )
+
+    def __init_subclass__(cls) -> None:
+        reducers.known[cls] = reduce_async_listener
+
+    async def accept(self) -> AsyncChannel:
+        """Wait for the next peer that is admitted.  Cancelled, it has taken nobody.
+
+        The peer need not have said anything: what is wrong with its hello is an error of the channel's first ``recv``.
+
+        Raises:
+            ClosedError: the listener is closed, also while it waited.
+            FdLimitError: no descriptor left; who has connected stays queued.
+        """
+        listener, waits = self._listener, self._enter()
+        turn = waits.receiving
+        if turn.taken:
+            await turn.wait()
+        else:
+            turn.taken = True
+        try:
+            while True:
+                if not self._credit:  # many at once, or many who are refused
+                    await waits.sleep(0)
+                    self._credit = BURST
+                sock = listener._accept_now()
+                if sock is None:
+                    await waits.readable()
+                    self._credit = BURST
+                    continue
+                self._credit -= 1
+                channel = listener._admit(sock)
+                if channel is not None:
+                    return self._make_channel(channel)
+        finally:
+            turn.leave()
+
+    def __aiter__(self) -> Self:
+        """Return itself: iterating yields a channel for each peer, until the listener is closed."""
+        return self
+
+    async def __anext__(self) -> AsyncChannel:
+        """Accept the next peer, until the listener is closed."""
+        try:
+            return await self.accept()
+        except ClosedError:
+            raise StopAsyncIteration from None
+
+    def _make_waits(self) -> Waits:
+        return AsyncioWaits(self._listener.fileno(), always)
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as it was given; an abstract name begins with a zero byte."""
+        return self._listener.address
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed in this process."""
+        return self._listener.closed
+
+    @property
+    def transport(self) -> str:
+        """What its channels use: "seqpacket" or "stream"."""
+        return self._listener.transport
+
+    def fileno(self) -> int:
+        """Borrow the descriptor's number.
+
+        Raises:
+            ClosedError: the listener is closed.
+        """
+        return self._listener.fileno()
+
+    def close(self) -> None:
+        """Stop listening: who waits in ``accept`` gets ClosedError, who is queued is disconnected.  Twice is harmless.
+
+        Raises:
+            OSError: as close(2).
+        """
+        self._leave_loop(self._listener.close)
+
+    async def aclose(self) -> None:
+        """Stop listening, as :meth:`close` does.
+
+        Raises:
+            OSError: as close(2).
+        """
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<aio.{repr(self._listener)[1:]}"
+
+    def __del__(self) -> None:
+        listener = getattr(self, "_listener", None)  # unset where __init__ raised
+        if listener is not None and not listener.closed:
+            text = f"unclosed {self!r}"
+            try:
+                self.close()
+            finally:
+                warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
+        return Outside.reduce(self)
+
+
+def reduce_async_listener(listener: Listener, context: reducers.Context) -> reducers.Reduced:
+    if context.moving:
+        context.consume(listener._leave_loop)
+    return rebuild_async_listener, (type(listener), listener._listener)
+
+
+def rebuild_async_listener(cls: type[Listener], listener: endpoint.Listener) -> Listener:
+    return reducers.built(cls(listener))
+
+
+reducers.known[Listener] = reduce_async_listener
