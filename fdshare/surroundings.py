@@ -21,6 +21,7 @@ from typing import Any
 import fdshare
 from fdshare import rendezvous
 from fdshare.credentials import peer_credentials
+from fdshare.datagrams import ask_credentials, recv_signed, send_signed
 from fdshare.handle import own
 from fdshare.probes import first_line
 from fdshare.probing import Finding, ok, probe, warn
@@ -85,6 +86,18 @@ def _() -> Finding:
         if poll.poll(0):
             raise OSError(errno.EIO, "this process is told to have ended")
     return ok("SO_PEERPIDFD")
+
+
+@probe("who", "credentials with a message", without="a datagram does not tell who sent it (Linux's do)")
+def _() -> Finding:
+    sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with sender, receiver:
+        ask_credentials(receiver)
+        send_signed(sender, [b"x"])
+        peer = recv_signed(receiver, 1).credentials
+    if peer is None or (peer.pid, peer.uid) != (os.getpid(), os.geteuid()):
+        raise OSError(errno.EIO, f"the kernel says {peer} of this very process")
+    return ok("SCM_CREDENTIALS: pid, uid and gid of each sender")
 
 
 @probe(
