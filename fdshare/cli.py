@@ -39,6 +39,7 @@ Run = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 _commands: dict[str, tuple[Run, tuple[Argument, ...]]] = {}
+_usages: dict[str, str] = {}
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -46,11 +47,13 @@ def argument(*names: str, **options: Any) -> Argument:
     return names, options
 
 
-def command(*arguments: Argument) -> Callable[[Run], Run]:
-    """Make the function below a subcommand of its name."""
+def command(*arguments: Argument, usage: str | None = None) -> Callable[[Run], Run]:
+    """Make the function below a subcommand of its name; ``usage`` is its line of usage, where argparse's would mislead."""
 
     def add(run: Run) -> Run:
         _commands[run.__name__] = run, arguments
+        if usage is not None:
+            _usages[run.__name__] = usage
         return run
 
     return add
@@ -162,6 +165,7 @@ def _tidy_when_terminated() -> Iterator[None]:
     ),
     argument("--listen", action="store_true", help="listen at ADDRESS, and let the other side connect"),
     *_MEETING,
+    usage="fdshare send ADDRESS FILE... [options]",
 )
 def send(arguments: argparse.Namespace) -> int:
     """Open files and send their descriptors to who listens at ADDRESS.
@@ -215,6 +219,7 @@ def send(arguments: argparse.Namespace) -> int:
         metavar="COMMAND",
         help="become COMMAND, which inherits the descriptors; the rest of the line is its own",
     ),
+    usage="fdshare recv ADDRESS [options] [--exec COMMAND [ARGUMENT...]]",
 )
 def recv(arguments: argparse.Namespace) -> int:
     """Listen at ADDRESS, take what somebody sends, and tell what arrived.
@@ -295,6 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
         text = inspect.cleandoc(run.__doc__ or "")
         subparser = subparsers.add_parser(
             name,
+            usage=_usages.get(name),
             help=text.partition("\n")[0],
             description=text,
             epilog=EXIT_CODES,
