@@ -82,7 +82,9 @@ class Channel:
             transport.restrict(limits)
         transport.plain = transport.bare and readable
         self._send_bare = sock.send if transport.bare and writable else None
-        self._few = transport if writable and isinstance(transport, SeqpacketTransport) else None
+        seqpacket = transport if isinstance(transport, SeqpacketTransport) else None
+        self._few = seqpacket if writable else None
+        self._framed = seqpacket if limits is not None else None
 
     # --- messages -------------------------------------------------------------------------------------------------------
 
@@ -109,9 +111,13 @@ class Channel:
                 return
             except OSError:
                 pass  # full, closed, gone: the slow path tells
-        elif self._few is not None and type(message) is Outgoing and self._few.send_few(message):
-            message.sent()
-            return
+        elif self._few is not None:
+            if isinstance(message, bytes):
+                if self._few.send_framed(message):
+                    return
+            elif self._few.send_few(message):
+                message.sent()
+                return
         self._send_slowly(message, wire.MESSAGE, timeout)
 
     def recv(self, *, timeout: float | None = None) -> Any:
@@ -331,7 +337,8 @@ class Channel:
         self._check(self._readable, "write-only")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            message = self._open(self._transport.receive(deadline))
+            few = None if self._framed is None or timeout is not None else self._framed.receive_framed()
+            message = self._open(self._transport.receive(deadline)) if few is None else Incoming(*few)
         except ProtocolError:
             self.close()
             raise

@@ -132,6 +132,15 @@ class _Takes:
 
     hello: Hello
 
+    def few(self, descriptors: int, size: int) -> bool:
+        """Whether a message in one packet is taken.
+
+        Args:
+            descriptors: of the message.
+            size: of the payload, bytes; at most ``wire.ALWAYS_INLINE``.
+        """
+        return descriptors <= self.hello.descriptors and size <= self.hello.size
+
     def check(self, header: bytes, size: int) -> None:
         """Look at a packet that is about to be sent.
 

@@ -64,6 +64,9 @@ class Greeting(Protocol):
 class Takes(Protocol):
     """What the peer takes, where that is less than this side may send."""
 
+    def few(self, descriptors: int, size: int) -> bool:
+        """Whether so many descriptors and bytes of payload, no more than every peer takes in a packet, are taken."""
+
     def check(self, header: bytes, size: int) -> None:
         """Raise MessageTooLargeError, or EMSGSIZE where the payload must go into a segment."""
 

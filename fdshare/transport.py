@@ -26,7 +26,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat, starmap
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +40,7 @@ from fdshare.errors import (
     PeerClosedError,
     ProtocolError,
 )
+from fdshare.firstuse import OnFirstUse
 from fdshare.handle import NO_HANDLES, FdHandle, HandleList, own
 from fdshare.hello import Greeting, Takes
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT, TICK_SECONDS, InFlight
@@ -73,6 +74,10 @@ _SO_PASSRIGHTS = 83
 
 class Limits(Protocol):
     """Bounds on what a peer that is not trusted may send."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of one message."""
 
     @property
     def carried(self) -> int:
@@ -130,6 +135,9 @@ class Transport:
     name: str
     greeting: Greeting | None = None
     takes: Takes | None = None
+    # Most connections need none of these two, which take as long to make as all the rest.
+    in_flight = OnFirstUse(lambda transport: InFlight(transport, transport._max_inflight))
+    arrivals_now = OnFirstUse(lambda transport: transport._arrivals(rights.NOW))
 
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         self.sock = sock
@@ -140,7 +148,7 @@ class Transport:
         self._sent = 0  # bytes of the present frame that the kernel has; for streams
         self.bare = False  # whether packets without a header are spoken here
         self.plain = False  # whether the next packet may be taken without looking for room first
-        self.in_flight = InFlight(self, max_inflight)
+        self._max_inflight = max_inflight
         self._fork_count = _fork_count
         self._reading = threading.RLock()
         self._writing = threading.RLock()
@@ -148,10 +156,12 @@ class Transport:
 
     def _read_with(self, control: int) -> None:
         self._control = control
-        self.arrivals = starmap(self.sock.recvmsg, repeat((wire.PACKET_SIZE, control, rights.CLOEXEC)))
-        self.arrivals_now = starmap(
-            self.sock.recvmsg, repeat((wire.PACKET_SIZE, control, rights.CLOEXEC | rights.NOW))
-        )
+        self.arrivals = self._arrivals(0)
+        self.__dict__.pop("arrivals_now", None)
+
+    def _arrivals(self, flags: int) -> Iterator[Any]:
+        """Yield what ``recvmsg`` returns, again and again, all in C."""
+        return starmap(self.sock.recvmsg, repeat((wire.PACKET_SIZE, self._control, rights.CLOEXEC | flags)))
 
     def restrict(self, limits: Limits) -> None:
         """Hold what arrives to ``limits`` from now on.
@@ -189,7 +199,7 @@ class Transport:
             raise ClosedError("this channel was closed")
         if self._fork_count != _fork_count:
             self._reading, self._writing = threading.RLock(), threading.RLock()
-            self.in_flight = InFlight(self, self.in_flight.limit)
+            self.__dict__["in_flight"] = InFlight(self, self.in_flight.limit)
             self._wakers = set()
             self._fork_count = _fork_count
             self._after_fork()

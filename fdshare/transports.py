@@ -30,6 +30,8 @@ MAX_NOTICED = 256
 
 _UNTIL_NONCE = wire.HEADER_SIZE - 8
 
+_NO_NONCE = bytes(8)
+
 _CUT = rights.TRUNCATED | rights.CONTROL_TRUNCATED
 
 
@@ -88,15 +90,10 @@ class SeqpacketTransport(_Greeted):
         """Send a small message with some descriptors the short way; False where it takes the long one."""
         payload, fds = out.payload, out.fds
         count = len(fds)
-        if (
-            out.buffers
-            or len(payload) != 1
-            or not 0 < count <= wire.MAX_FDS_PER_PACKET
-            or self.takes is not None
-        ):
+        if out.buffers or len(payload) != 1 or not 0 < count <= wire.MAX_FDS_PER_PACKET:
             return False
         size = len(payload[0])
-        if size > wire.ALWAYS_INLINE:
+        if size > wire.ALWAYS_INLINE or not (self.takes is None or self.takes.few(count, size)):
             return False
         header = _few_header(count, wire.HEADER_SIZE + size) + wire.nonce().to_bytes(8, "little")
         try:
@@ -105,6 +102,44 @@ class SeqpacketTransport(_Greeted):
         except OSError:  # full, closed, a bad descriptor: the long way tells; a second notice does no harm
             return False
         return True
+
+    def send_framed(self, payload: bytes) -> bool:
+        """Send a small message without descriptors, with its header, the short way; False where it takes the long one."""
+        size = len(payload)
+        if size > wire.ALWAYS_INLINE or not (self.takes is None or self.takes.few(0, size)):
+            return False
+        try:
+            self.sock.send(_few_header(0, wire.HEADER_SIZE + size) + _NO_NONCE + payload, rights.SEND_NOW)
+        except OSError:  # full, closed, gone: the long way tells
+            return False
+        return True
+
+    def receive_framed(self) -> tuple[memoryview, HandleList] | None:
+        """Receive a small message with its header the short way, blocking; None where it takes the long one.
+
+        Only where limits are set, which are checked here too.
+        """
+        limits = self.limits
+        if limits is None or self.greeting is not None or self._noticed or self.arrived is not None:
+            return None
+        if other_threads():  # who may close the channel: an endless read must not begin
+            return None
+        try:
+            for self.arrived in self.arrivals:  # noqa: B020 -- see transport.py
+                break
+        except OSError:
+            return None
+        arrived: Any = self.arrived
+        data, ancillary, flags, _ = arrived
+        if ancillary or flags & _CUT:
+            return None
+        if data[:1] == _NOTICE_MARK:
+            return self.receive_few() if self._passes(wire.unpack_notice(data)) else None
+        size = len(data) - wire.HEADER_SIZE
+        if not 0 <= size <= limits.max_bytes or data[:_UNTIL_NONCE] != _few_header(0, len(data)):
+            return None
+        self.arrived = None
+        return memoryview(data)[wire.HEADER_SIZE :], NO_HANDLES
 
     def receive_few(self) -> tuple[memoryview, HandleList] | None:
         """Receive what the notice in ``arrived`` announces the short way, blocking; None where it takes the long one.
@@ -127,6 +162,8 @@ class SeqpacketTransport(_Greeted):
         if len(data) < wire.HEADER_SIZE:
             return None
         if data[:_UNTIL_NONCE] != _few_header(count, len(data)) or flags & _CUT:
+            return None
+        if self.limits is not None and len(data) - wire.HEADER_SIZE > self.limits.max_bytes:
             return None
         handles = arrived.adopt()
         if len(handles) != count:
@@ -382,16 +419,24 @@ class StreamTransport(_Greeted):
             self._brought.close()
 
 
+# As plain ints: the socket class makes enums of them, which takes as long as a system call.
+_family: Any = vars(socket.SocketType)["family"].__get__
+_kind: Any = vars(socket.SocketType)["type"].__get__
+_AF_UNIX, _SOCK_STREAM = int(socket.AF_UNIX), int(socket.SOCK_STREAM)
+_SOCK_SEQPACKET = int(getattr(socket, "SOCK_SEQPACKET", -1))
+
+
 def transport_of(sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> Transport:
     """Return the transport that fits a connected AF_UNIX socket.
 
     Raises:
         ValueError: it is of another family or type.
     """
-    if sock.family == socket.AF_UNIX:
-        if sock.type == socket.SOCK_SEQPACKET:
+    if _family(sock) == _AF_UNIX:
+        kind = _kind(sock)
+        if kind == _SOCK_SEQPACKET:
             return SeqpacketTransport(sock, max_inflight)
-        if sock.type == socket.SOCK_STREAM:
+        if kind == _SOCK_STREAM:
             return StreamTransport(sock, max_inflight)
     raise ValueError(f"a channel needs a SEQPACKET or STREAM socket of AF_UNIX, not {sock!r}")
 
