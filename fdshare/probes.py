@@ -162,9 +162,11 @@ def _() -> Finding:
         f", can be raised to {_number(raised)} (hard)" if raised != soft else ", which is also the hard limit"
     )
     if soft != resource.RLIM_INFINITY and soft < FEW_DESCRIPTORS:
-        return warn(
-            found, f"raise it before many descriptors are received: ulimit -n {_number(raised)}", **values
-        )
+        if raised > soft:
+            advice = f"raise it before many descriptors are received: ulimit -S -n {_number(raised)}"
+        else:
+            advice = "let whoever sets the hard limit raise it (limits.conf, LimitNOFILE= of a service, docker --ulimit)"
+        return warn(found, advice, **values)
     return ok(found, **values)
 
 

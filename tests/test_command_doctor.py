@@ -86,7 +86,7 @@ def test_low_limit_of_descriptors() -> None:
 
     one = findings(run("doctor", "--json", preexec_fn=lower))["descriptors of a process"]
     assert (one["state"], one["values"]["soft"], one["values"]["hard"]) == ("warn", 100, 200)
-    assert "ulimit -n 200" in one["advice"]
+    assert "ulimit -S -n 200" in one["advice"]
 
 
 def test_files_that_may_not_grow() -> None:
