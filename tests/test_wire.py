@@ -109,7 +109,7 @@ def raw(
         (raw(type=0), "not a packet of this protocol"),
         (raw(type=4), "not a packet of this protocol"),
         (raw(type=0x7F), "not a packet of this protocol"),
-        (raw(flags=16), "not a packet of this protocol"),
+        (raw(flags=32), "not a packet of this protocol"),
         (raw(zero=1), "not a packet of this protocol"),
         (raw(zero2=1), "not a packet of this protocol"),
         (raw(flags=BUNDLE, fds=MAX_DESCRIPTORS + 1), "over a bound"),
