@@ -20,7 +20,7 @@ from fdshare.references import make_array, open_window
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["share", "shared_array"]
+__all__ = ["Sharer", "share", "shared_array"]
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def share(obj: T) -> T:
         if find(obj.__array_interface__["data"][0], 0) is not None:
             return obj
     file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
-    sharer = _Sharer(file, PROTOCOL, buffer_callback=buffers.append)
+    sharer = Sharer(file, PROTOCOL, buffer_callback=buffers.append)
     try:
         sharer.dump(obj)
     except (reducers.Refused, pickle.PicklingError, AttributeError) as error:
@@ -101,7 +101,7 @@ def share(obj: T) -> T:
     return shared
 
 
-class _Sharer(pickle.Pickler):
+class Sharer(pickle.Pickler):
     """Pickles what may lie in shared memory; a context for reducers that lends nothing."""
 
     by_value = False
