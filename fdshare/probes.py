@@ -203,7 +203,7 @@ def _() -> Finding:
         except OSError as error:
             if error.errno != errno.ETOOMANYREFS:
                 raise
-            found = f"{_number(soft)} for all processes of this user together (the soft limit of descriptors)"
+            found = f"{_number(soft)} for all processes of this user together (the soft limit of the one that sends)"
             if soft < FEW_DESCRIPTORS:
                 advice = (
                     "senders with many descriptors wait or get FdLimitError: raise the soft limit (ulimit -n)"

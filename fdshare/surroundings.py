@@ -343,12 +343,8 @@ def _() -> Finding:
     )
 
 
-_EXTRAS = {
-    "numpy": "arrays in shared memory",
-    "msgspec": "typed messages (fdshare[typed])",
-    "psutil": "fdshare ls of other processes where there is no /proc",
-    "rich": "progress of a pool (fdshare[progress])",
-}
+_OPTIONAL = ("numpy", "msgspec", "psutil", "rich")
+"""What some of fdshare's modules work with, in the order of how much they are missed."""
 
 
 def _version(name: str) -> str | None:
@@ -360,9 +356,8 @@ def _version(name: str) -> str | None:
 
 @probe("software", "libraries", without="")
 def _() -> Finding:
-    versions = {name: _version(name) for name in _EXTRAS}
-    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    absent = "; ".join(f"{name} ({_EXTRAS[name]})" for name, version in versions.items() if not version)
-    return ok(
-        (found or "none of the optional ones") + (f"; not installed: {absent}" if absent else ""), **versions
-    )
+    versions = {name: _version(name) for name in _OPTIONAL}
+    there = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    absent = ", ".join(name for name, version in versions.items() if not version)
+    found = [there] * bool(there) + [f"not installed, and optional: {absent}"] * bool(absent)
+    return ok("; ".join(found), **versions)
