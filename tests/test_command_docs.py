@@ -14,20 +14,15 @@ from command import ROOT, TIMEOUT
 from fdshare import doctor, probing
 
 PAGE = (ROOT / "docs" / "command.md").read_text()
+PROGRAM = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SESSION = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def split(session: str) -> tuple[str, str]:
-    """Return the commands of a session, and what they print; a quote that is open goes on in the next line."""
-    commands, output = [], []
-    opened = False
-    for line in session.splitlines():
-        if opened or line.startswith("$ "):
-            commands.append(line if opened else line.removeprefix("$ "))
-            opened ^= line.count("'") % 2 == 1
-        else:
-            output.append(line)
-    return "\n".join(commands), "\n".join(output)
+    """Return the commands of a session, and what they print."""
+    lines = session.splitlines()
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return "\n".join(commands), "\n".join(line for line in lines if not line.startswith("$ "))
 
 
 def alike(text: str) -> list[list[str]]:
@@ -52,6 +47,8 @@ def test_session_prints_what_the_page_says(place: int, tmp_path: Path) -> None:
     program.chmod(0o755)
     folder = tmp_path / "home"
     folder.mkdir()
+    for name, code in PROGRAM.findall(PAGE):
+        (folder / name).write_text(code)
     result = subprocess.run(
         ["sh", "-c", f"{fdshare}{script}\nwait\n"],
         cwd=folder,
@@ -85,7 +82,7 @@ def test_report_of_the_doctor_is_of_today() -> None:
 
 
 def test_a_wrong_session_is_found() -> None:
-    assert split("$ a 'b\nc' d\ne\n$ f\n") == ("a 'b\nc' d\nf", "e")
+    assert split("$ a\nb\n$ c\n") == ("a\nc", "b")
     assert alike("pid 12 (python3) /tmp/x/words") == alike("pid 4 (fdshare) /home/me/words")
     assert alike("pid 12 fd 3") != alike("pid 12 3")
     assert alike("/a/b /c") != alike("/dev/null /c")
