@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
+from fdshare.transport import CRAMPED_TICK_SECONDS
+
 __all__ = ["AsyncioWaits", "InLoop", "Turn", "Waits", "always"]
 
 T = TypeVar("T")
@@ -253,17 +255,26 @@ class _Direction:
 
     def _watch(self) -> None:
         loop, fd = self._loop, self._fd
-        if _sets_nonblocking(loop):
-            if self._nested is None:
-                self._nested = select.epoll()
-                self._nested.register(fd, select.EPOLLOUT if self._writing else select.EPOLLIN)
-            fd = self._nested.fileno()
-        elif self._writing:
+        try:
+            nested = self._nest() if _sets_nonblocking(loop) else None
+        except OSError:  # no descriptor left: look again and again
+            self._unwatch = loop.call_later(CRAMPED_TICK_SECONDS, self._wake).cancel
+            return
+        if self._writing and nested is None:
             loop.add_writer(fd, self._on_event)
             self._unwatch = lambda: loop.remove_writer(fd)
-            return
-        loop.add_reader(fd, self._on_event)
-        self._unwatch = lambda: loop.remove_reader(fd)
+        else:
+            number = fd if nested is None else nested
+            loop.add_reader(number, self._on_event)
+            self._unwatch = lambda: loop.remove_reader(number)
+
+    def _nest(self) -> int:
+        """Return an epoll that is readable when the socket is ready."""
+        if self._nested is None:
+            nested = select.epoll()
+            nested.register(self._fd, select.EPOLLOUT if self._writing else select.EPOLLIN)
+            self._nested = nested
+        return self._nested.fileno()
 
     def _on_event(self) -> None:
         waiter = self._waiter
@@ -279,15 +290,18 @@ class _Direction:
 
     def forget(self) -> None:
         """Wake who waits, and leave nothing of the socket in the loop."""
-        self._forget_socket()
+        self._wake()
         if self._nested is not None:
             self._nested.close()
             self._nested = None
+
+    def _wake(self) -> None:
+        self._forget_socket()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
-_setting: dict[type, bool] = {}
+_setting: dict[type, bool] = {asyncio.SelectorEventLoop: False}
 
 
 def _sets_nonblocking(loop: asyncio.AbstractEventLoop) -> bool:
