@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
     from fdshare.shared import SharedMemory
+    from fdshare.sync import Lock
     from fdshare.typed import TypedCodec
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _LAZY = {
     "BytesCodec": "fdshare.plain",
     "Descriptor": "fdshare.fields",
     "Listener": "fdshare.endpoint",
+    "Lock": "fdshare.sync",
     "ProcessPoolExecutor": "fdshare.pool.executor",
     "SharedMemory": "fdshare.shared",
     "TypedCodec": "fdshare.typed",
@@ -95,6 +97,7 @@ __all__ = [
     "FdShareError",
     "HandoffExpiredError",
     "Listener",
+    "Lock",
     "MessageTooLargeError",
     "NoSpaceError",
     "NotSendableError",
