@@ -300,20 +300,20 @@ def _ready_binary(file: Any, options: Descriptor, sending: Sending) -> int:
     return fd
 
 
-def _build_binary(handle: FdHandle, options: Descriptor, receiving: Receiving) -> Any:
+def _build_raw(handle: FdHandle, options: Descriptor, receiving: Receiving) -> Any:
     fd = handle.fileno()
     access = _ACCESS.get(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE)
     if access is None:
         raise DecodeError("a descriptor that can neither be read nor written stands for a file")
-    raw = receiving.built_one(hand_over(handle, io.FileIO, fd, {"r": "rb", "w": "wb", "rw": "r+b"}[access]))
-    if access != "rw":
-        return receiving.built_one(io.BufferedReader(raw) if access == "r" else io.BufferedWriter(raw))
+    mode = {"r": "rb", "w": "wb", "rw": "r+b"}[access]
+    return receiving.built_one(hand_over(handle, io.FileIO, fd, mode))
+
+
+def _build_binary(handle: FdHandle, options: Descriptor, receiving: Receiving) -> Any:
+    raw = _build_raw(handle, options, receiving)
+    if not (raw.readable() and raw.writable()):
+        return receiving.built_one((io.BufferedReader if raw.readable() else io.BufferedWriter)(raw))
     return receiving.built_one(io.BufferedRandom(raw)) if raw.seekable() else raw
-
-
-def _build_raw(handle: FdHandle, options: Descriptor, receiving: Receiving) -> Any:
-    file = _build_binary(handle, options, receiving)
-    return file if type(file) is io.FileIO else file.detach()
 
 
 _PLAIN_POSITION = 1 << 64

@@ -371,7 +371,10 @@ class HandleList(list[FdHandle]):
     def close(self) -> None:
         """Close what is still in the list."""
         for handle in self:
-            handle.close()
+            try:
+                handle.close()
+            except OSError:
+                pass  # it is closed all the same, and nobody had used it; the others must be, too
 
     def release(self) -> None:
         """Let go of all of them: each has its own owner now."""

@@ -76,7 +76,10 @@ class Unpacking:
         """Close every descriptor that nobody took, and after a failure those that somebody took too."""
         if failed:
             for obj in reversed(self.built):
-                obj.close()
+                try:
+                    obj.close()
+                except Exception:  # noqa: BLE001 -- of any type, and the others must be closed
+                    pass
             self.handles.close()
             return
         if not all(self.given):

@@ -511,6 +511,12 @@ def test_lie_is_a_decode_error_and_closes_all(path: Path, lie: str, sort: str, r
         receive_lie(lie, sorts[sort])
 
 
+def test_raw_file_is_closed_where_the_rest_fails(path: Path) -> None:
+    """And one that could not be closed would not keep the others open."""
+    with every_sort(path) as sorts, pytest.raises(DecodeError, match="no field"):
+        receive_lie("raw", sorts["reader"], sorts["reader"])
+
+
 def test_descriptor_that_no_field_holds_is_refused(path: Path) -> None:
     with every_sort(path) as sorts:
         with pytest.raises(DecodeError, match="2 descriptors that no field"):
