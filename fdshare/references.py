@@ -11,16 +11,21 @@ an array                 mapping, type, shape, strides, offset        an array o
 Whether something lies in shared memory is asked of its address, so it does not matter how it was derived: a slice of a
 transpose, a column of a DataFrame, an Arrow buffer.  Importing this module is what makes messages look; nothing looks as long as
 the process has no shared memory.
+
+Arrays travel so by multiprocessing's own pickler too, as arguments of a Process and in stock queues and pools: by value they
+would arrive as something that is not shared any more, without a word.  Other picklers take the values.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 from fdshare import reducers
 from fdshare.errors import DecodeError
-from fdshare.handle import format_of
+from fdshare.handle import Outside, format_of
 from fdshare.mapping import Mapping, address_of, find, map_received, mapped_already
 
 if TYPE_CHECKING:
@@ -132,6 +137,7 @@ def make_array(
     """
     import numpy as np
 
+    attend_numpy()
     kind = np.dtype(dtype)
     if kind.hasobject:
         raise TypeError(
@@ -140,6 +146,24 @@ def make_array(
     # Not on the mapping itself: what NumPy takes as `buffer` it does not export, and the mapping could be closed below it.
     # frombuffer exports.
     return np.ndarray(shape, kind, np.frombuffer(mapping, np.uint8), offset, strides, order)
+
+
+# --- multiprocessing ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def attend_numpy() -> None:
+    """Teach multiprocessing's pickler about arrays; once NumPy is there, and memory that one may look into."""
+    numpy = sys.modules["numpy"]
+    for cls in (numpy.ndarray, numpy.recarray, numpy.matrix):
+        ForkingPickler.register(cls, reduce_for_processes)
+
+
+def reduce_for_processes(array: NDArray[Any]) -> Any:
+    """Return what pickle would, but for an array in shared memory a way to it; raises as the broker does."""
+    if array.base is None or find(array.__array_interface__["data"][0], 0) is None:
+        return array.__reduce__()
+    return Outside.reduce(array)
 
 
 for _reducer in (reduce_mapping, reduce_array):

@@ -6,10 +6,10 @@ States: writable, and then sealed for ever; open, and then closed in this holder
 from __future__ import annotations
 
 import operator
+import sys
 from typing import TYPE_CHECKING, Any
 
-from fdshare import allocation, reducers
-from fdshare import references as _references  # noqa: F401 -- registers how what lies in it travels
+from fdshare import allocation, reducers, references
 from fdshare.errors import ClosedError, DecodeError
 from fdshare.handle import Outside
 from fdshare.mapping import Holder, Mapping, is_sealed
@@ -68,6 +68,8 @@ class SharedMemory:
 
         A view stays good after ``close``, and keeps the memory.  Raises ClosedError where this holder is closed.
         """
+        if "numpy" in sys.modules:
+            references.attend_numpy()
         view = memoryview(self._held().get())
         return view if len(view) == self._size else view[: self._size]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import gc
 import multiprocessing
@@ -241,6 +242,49 @@ def test_another_process_writes_into_it(method: str, kind: str, monkeypatch: pyt
         assert (array == expected).all()
         a.send("end")
         child.result(30)
+
+
+def _put(array: Any, again: Any, plain: Any, queue: Any) -> None:
+    array[1] = 5
+    again[0] = 6
+    plain[0] = 7
+    queue.put(array[1:])
+    queue.get()
+
+
+def test_argument_of_a_process_and_stock_queue() -> None:
+    """Multiprocessing's own pickler, which would take the values."""
+    context = multiprocessing.get_context("spawn")
+    array, plain, queue, back = shared_array((2, 4)), np.zeros(3), context.Queue(), context.Queue()
+    first, second = array
+    process = context.Process(target=_put, args=(first, second, plain, queue))
+    process.start()
+    part = queue.get(timeout=30)
+    assert array[:, :2].tolist() == [[0, 5], [6, 0]]
+    assert plain[0] == 0
+    part[1] = 8
+    assert array[0, 2] == 8
+    queue.put(None)
+    process.join()
+    process.close()
+    for q in (queue, back):
+        q.close()
+        q.join_thread()
+
+
+def test_argument_and_result_of_stock_pools() -> None:
+    array = shared_array(10)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        result = pool.apply(_increment, (array[2:],))
+        assert array.tolist() == [0, 0, *[1] * 8]
+        result[0] = 7
+        assert array[3] == 7
+        assert pool.apply(_increment, (np.arange(3),)).tolist() == [2, 3]
+        pool.close()
+        pool.join()
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as futures:
+        futures.submit(_increment, array.view(np.recarray)).result(30)
+    assert array[9] == 2
 
 
 def _increment(array: Any) -> Any:
