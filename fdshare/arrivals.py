@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import reprlib
+import resource
 import select
 import signal
 import sys
@@ -223,6 +224,10 @@ MAX_NAME = 255
 """Characters of a name in LISTEN_FDNAMES (sd_pid_notify_with_fds(3), FDNAME)."""
 
 
+ROOM = 256
+"""Descriptors that a command may open beside those that it is given, even where its soft limit is as low as their number."""
+
+
 def listen_name(name: str) -> str:
     """Return the name of an item as it may stand in LISTEN_FDNAMES: the last part of a path; ASCII, without colons."""
     last = os.path.basename(name.rstrip("/")) or name
@@ -230,8 +235,19 @@ def listen_name(name: str) -> str:
     return text[:MAX_NAME] or "unknown"
 
 
-def hand_over_to(command: Sequence[str], items: Sequence[Item]) -> NoReturn:
+def _at_least(soft: int, wanted: int, hard: int) -> int:
+    infinite = resource.RLIM_INFINITY  # -1
+    if soft == infinite or soft >= wanted:
+        return soft
+    return wanted if hard == infinite else min(wanted, hard)
+
+
+def hand_over_to(command: Sequence[str], items: Sequence[Item], limits: tuple[int, int]) -> NoReturn:
     """Become ``command``, which inherits the items' descriptors.
+
+    Args:
+        limits: the soft and hard limit of descriptors that it is to have; the soft one is raised where the descriptors would
+            leave it no room.
 
     Raises:
         OSError: it cannot be started, or there is no room for the descriptors.
@@ -257,4 +273,6 @@ def hand_over_to(command: Sequence[str], items: Sequence[Item]) -> NoReturn:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     environment.pop("LISTEN_PIDFDID", None)  # of who started this process; it would not fit
+    soft, hard = limits
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_at_least(soft, first + count + ROOM, hard), hard))
     os.execvpe(command[0], list(command), environment)

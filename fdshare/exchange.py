@@ -16,12 +16,13 @@ from __future__ import annotations
 import errno
 import io
 import os
+import resource
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from typing import Any, TypeVar
 
@@ -202,6 +203,21 @@ def _nobody_came(meeting: Meeting) -> TimeoutError:
     )
 
 
+@contextmanager
+def _all_descriptors_allowed() -> Iterator[tuple[int, int]]:
+    """Raise the soft limit of descriptors to the hard one in the block; give the limits as they were.
+
+    The soft limit is low for programs that use select(2); this one passes as many descriptors on as it is given.
+    """
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS allows less than its hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    try:
+        yield before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 # --- sending -------------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +232,7 @@ def send(meeting: Meeting, files: Sequence[str], *, mode: str, data: bytes) -> i
     Raises:
         OSError: a file cannot be opened; nobody came; the other side closed before it had taken them.
     """
-    with ExitStack() as stack:
+    with _all_descriptors_allowed(), ExitStack() as stack:
         things: dict[str, Any] = {}
         for path in files:
             things["stdin" if path == "-" else path] = stack.enter_context(_open(path, mode))
@@ -318,7 +334,7 @@ def receive(meeting: Meeting, taking: Taking) -> int:
         code = errno.EACCES if os.path.exists(taking.command[0]) else errno.ENOENT
         return _cannot_start(taking.command, OSError(code, os.strerror(code)))
     kept: list[Item] = []
-    with ExitStack() as stack:
+    with _all_descriptors_allowed() as limits, ExitStack() as stack:
         if meeting.raw:
             arrivals = _raw_arrivals(stack.enter_context(_socket(meeting)))
         else:
@@ -341,7 +357,7 @@ def receive(meeting: Meeting, taking: Taking) -> int:
         if taking.command is not None:
             sys.stdout.flush()
             try:
-                hand_over_to(taking.command, kept)
+                hand_over_to(taking.command, kept, limits)
             except (FileNotFoundError, PermissionError) as error:
                 return _cannot_start(taking.command, error)
     return 0

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -497,6 +498,23 @@ def test_exec_refuses_what_was_read_ahead(address: str) -> None:
         code, _, err = finished(receiver)
     assert code == 1
     assert "read ahead of stream" in err
+
+
+@pytest.mark.parametrize(("soft", "left"), [(20, 299), (400, 400)])
+def test_soft_limit_of_descriptors(soft: int, left: int, address: str, tmp_path: Path) -> None:
+    """It is raised for what passes through, and is for the command what it was, where that leaves it room."""
+    files = [tmp_path / str(n) for n in range(40)]
+    for path in files:
+        path.touch()
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, 500))
+
+    shell = ["sh", "-c", "ulimit -S -n; ulimit -H -n; echo $LISTEN_FDS"]
+    with start("recv", address, PATIENCE, "--exec", *shell, preexec_fn=lower) as receiver:
+        sent = run("send", address, *files, PATIENCE, preexec_fn=lower)
+        assert (sent.returncode, sent.stderr) == (0, "")
+        assert expect(receiver).split() == [str(left), "500", "40"]
 
 
 # --- by number ----------------------------------------------------------------------------------------------
