@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
     from fdshare.shared import SharedMemory
-    from fdshare.sync import Lock
+    from fdshare.sync import Event, Lock, Semaphore
     from fdshare.typed import TypedCodec
 
 __version__ = "0.1.0"
@@ -43,9 +43,11 @@ __version__ = "0.1.0"
 _LAZY = {
     "BytesCodec": "fdshare.plain",
     "Descriptor": "fdshare.fields",
+    "Event": "fdshare.sync",
     "Listener": "fdshare.endpoint",
     "Lock": "fdshare.sync",
     "ProcessPoolExecutor": "fdshare.pool.executor",
+    "Semaphore": "fdshare.sync",
     "SharedMemory": "fdshare.shared",
     "TypedCodec": "fdshare.typed",
     "WorkerDiedError": "fdshare.pool.errors",
@@ -92,6 +94,7 @@ __all__ = [
     "DecodeError",
     "Descriptor",
     "DescriptorsLostError",
+    "Event",
     "FdHandle",
     "FdLimitError",
     "FdShareError",
@@ -107,6 +110,7 @@ __all__ = [
     "ProcessPoolExecutor",
     "ProtocolError",
     "SealError",
+    "Semaphore",
     "SharedMemory",
     "TaskTimeoutError",
     "TypedCodec",

@@ -1,23 +1,39 @@
-"""``Lock``, ``Semaphore`` and ``Event``: between threads and between processes, made anywhere, sent anywhere."""
+"""``Lock``, ``Semaphore`` and ``Event``: between threads and between processes, made anywhere, sent anywhere.
+
+============= ============================ ========================= ==========================================
+class         what travels                 where there is no eventfd readable, so that ``fdshare.wait`` takes it
+============= ============================ ========================= ==========================================
+``Lock``      see mutex.py                                           no: being free now says nothing about later
+``Semaphore`` an eventfd that counts down  a pipe, a byte a unit     while there is a unit
+``Event``     an eventfd                   a pipe, empty or not      while it is set
+============= ============================ ========================= ==========================================
+
+The eventfds and pipes do not block: they are made here, and nobody else waits in a read of them.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import select
+import sys
 import threading
 import time
 import weakref
-from itertools import repeat
+from itertools import repeat, starmap
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+from fdshare.errors import ClosedError
+from fdshare.handle import own, unarmed
 from fdshare.mutex import BUSY, LOST, OWNER_DIED, Mutex, make_mutex, open_mutex
-from fdshare.travelling import Kept, Travelling, travels
+from fdshare.travelling import Kept, Travelling, keep, travels
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
-__all__ = ["Lock"]
+__all__ = ["Event", "Lock", "Semaphore"]
 
 
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
@@ -182,3 +198,237 @@ def rebuild_lock(handles: tuple[Kept, ...], kind: str) -> Lock:
 
 
 travels(Lock, rebuild_lock)
+
+
+# --- what is readable ------------------------------------------------------------------------------------------------------
+
+HAVE_EVENTFD = hasattr(os, "eventfd")
+"""Whether there are eventfds, or pipes do their work; read at each use, so that tests can switch it off."""
+
+_LARGEST = 2**64 - 2
+"""What an eventfd can count to."""
+
+_MOST = 1 << 16
+"""Bytes read at once to clear an event: what a pipe of Linux holds; an eventfd gives its eight."""
+
+_CHUNK = 512
+"""Bytes written to a pipe at once, whole or not at all: POSIX promises no more (PIPE_BUF)."""
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, sys.byteorder)
+
+
+_ONE = _number(1)
+
+
+def _raise_closed() -> bytes:
+    raise ClosedError("this Semaphore was closed")
+
+
+def _make_pipe() -> tuple[Kept, Kept]:
+    reader, writer = unarmed(), unarmed()
+    for reader._fd, writer._fd in starmap(os.pipe, ((),)):
+        break
+    os.set_blocking(reader.fileno(), False)
+    os.set_blocking(writer.fileno(), False)
+    return keep(reader), keep(writer)
+
+
+class _Readable(Travelling):
+    """An eventfd, or the two ends of a pipe, of which being readable is the state."""
+
+    __slots__ = ()
+
+    def _adopt(self, handles: tuple[Kept, ...]) -> None:
+        self._handles = handles
+
+    def fileno(self) -> int:
+        """Borrow the descriptor's number, for ``fdshare.wait``, selectors and event loops; reading from it breaks the object.
+
+        Raises:
+            ClosedError: this object was closed.
+        """
+        self._check_open()
+        return self._handles[0].fileno()
+
+    def _write(self, data: bytes) -> None:
+        self._check_open()
+        os.write(self._handles[-1].fileno(), data)
+
+    def _is_readable(self, timeout: float | None) -> bool:
+        """Wait until it is, at most ``timeout`` seconds."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return bool(poll.poll(None if timeout is None else max(0.0, timeout) * 1000))
+
+
+class Semaphore(_Readable):
+    """A number of units, to be taken and given back by any thread of any process that has it.
+
+    It only counts: the units that a dead process had taken do not come back, as nobody knows which they were.  Where that
+    matters, use a :class:`Lock`, or give each worker a channel whose end tells of its death.
+
+    Args:
+        value: units to begin with.
+
+    Raises:
+        ValueError: it is negative, or more than the system counts to (2**64 - 2; what a pipe holds where there is no eventfd).
+        OSError: no descriptor left.
+    """
+
+    __slots__ = ("_read",)
+
+    _read: Iterator[bytes]
+
+    def __init__(self, value: int = 1) -> None:
+        if not 0 <= value <= _LARGEST:
+            raise ValueError(f"a semaphore of {value} units")
+        if HAVE_EVENTFD:
+            flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE
+            self._adopt((keep(own(os.eventfd, 0, flags)),))
+        else:
+            self._adopt(_make_pipe())
+        if value:
+            self.release(value)
+
+    def _adopt(self, handles: tuple[Kept, ...]) -> None:
+        super()._adopt(handles)
+        self._read = starmap(os.read, repeat((handles[0].fileno(), 8 if len(handles) == 1 else 1)))
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Take one unit; return whether there was one.
+
+        Args:
+            blocking: False returns at once.
+            timeout: most seconds to wait; None waits for ever.
+
+        Raises:
+            ClosedError: this object was closed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                for _ in self._read:
+                    return True  # no call lies between the taking and this: an interrupt would lose the unit
+            except BlockingIOError:
+                pass
+            if not blocking:
+                return False
+            if not self._is_readable(None if deadline is None else deadline - time.monotonic()):
+                return False
+
+    def release(self, n: int = 1) -> None:
+        """Give back, or add, ``n`` units.
+
+        Raises:
+            ValueError: ``n`` is below 1, or there would be more than the system counts to; none of them, or, without
+                eventfd, not all of them were added.
+            ClosedError: this object was closed.
+        """
+        if n < 1:
+            raise ValueError(f"release({n}): one unit at least")
+        try:
+            if len(self._handles) == 1:
+                self._write(_ONE if n == 1 else _number(n))
+                return
+            for done in range(0, n, _CHUNK):
+                self._write(bytes(min(_CHUNK, n - done)))
+        except (BlockingIOError, OverflowError) as error:
+            raise ValueError("more units than the system can count") from error
+
+    def close(self) -> None:
+        """Let go of it in this process, where no thread may be waiting for it; the others keep theirs.  Twice is harmless.
+
+        Raises:
+            OSError: as close(2).
+        """
+        self._read = starmap(_raise_closed, repeat(()))
+        super().close()
+
+    def __enter__(self) -> Semaphore:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Event(_Readable):
+    """Set or not, for all threads of all processes that have it; :meth:`wait` waits until it is.
+
+    It is a state and not a pulse: who waits while it is set and cleared at once may see neither.
+
+    Raises:
+        OSError: no descriptor left.
+    """
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        if HAVE_EVENTFD:
+            self._adopt((keep(own(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)),))
+        else:
+            self._adopt(_make_pipe())
+
+    def is_set(self) -> bool:
+        """Whether it is set.
+
+        Raises:
+            ClosedError: this object was closed.
+        """
+        return self._is_readable(0)
+
+    def set(self) -> None:
+        """Set it, which lets everybody pass who waits; harmless where it is set.
+
+        Raises:
+            ClosedError: this object was closed.
+        """
+        try:
+            self._write(_ONE)
+        except BlockingIOError:  # as full as can be: it is set
+            pass
+
+    def clear(self) -> None:
+        """Clear it, so that the next ones wait; harmless where it is not set.
+
+        Raises:
+            ClosedError: this object was closed.
+        """
+        fd = self.fileno()
+        try:
+            os.read(fd, _MOST)
+            while len(self._handles) > 1:  # a pipe may hold more
+                os.read(fd, _MOST)
+        except BlockingIOError:
+            pass
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is set; return whether it is.
+
+        Args:
+            timeout: most seconds to wait; None waits for ever.
+
+        Raises:
+            ClosedError: this object was closed.
+        """
+        return self._is_readable(timeout)
+
+
+def rebuild_semaphore(handles: tuple[Kept, ...]) -> Semaphore:
+    semaphore = Semaphore.__new__(Semaphore)
+    semaphore._adopt(handles)
+    return semaphore
+
+
+def rebuild_event(handles: tuple[Kept, ...]) -> Event:
+    event = Event.__new__(Event)
+    event._adopt(handles)
+    return event
+
+
+travels(Semaphore, rebuild_semaphore)
+travels(Event, rebuild_event)
