@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import multiprocessing
@@ -137,6 +138,22 @@ def _in_child(function: Callable[[], int]) -> int:
     if code == 255 or code < 0:
         raise OSError(errno.EIO, "the attempt failed in a child process")
     return code
+
+
+@probe("events", "locks", without="a Lock would stay taken when its holder dies")
+def _() -> Finding:
+    """Let a child die with a lock."""
+    with contextlib.closing(fdshare.Lock()) as lock:
+        if _in_child(lambda: int(not lock.acquire(blocking=False))):
+            raise OSError(errno.EIO, "a child does not get a lock that nobody holds")
+        if not lock.acquire(timeout=PATIENCE):
+            raise OSError(errno.EIO, "a dead process holds it")
+        told = lock.abandoned
+        lock.release()
+        kind = {"robust": "robust mutexes", "file": "locks of files"}.get(lock._mutex.kind, lock._mutex.kind)
+    if not told:
+        raise OSError(errno.EIO, "nothing tells that the holder died")
+    return ok(f"{kind}: the kernel lets go for a dead holder, and the next one is told", kind=kind)
 
 
 _SYS_PIDFD_GETFD = 438  # the same on every architecture since Linux 5.6
