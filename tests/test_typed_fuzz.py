@@ -152,7 +152,7 @@ def change(tree: Any, choose: random.Random) -> Any:
             case _:
                 return [*tree[:place], change(tree[place], choose), *tree[place + 1 :]]
     if choose.random() < 0.02:
-        for _ in range(choose.choice([3, 30, 300, 900])):
+        for _ in range(choose.choice([3, 30, 300])):
             tree = [tree]
         return tree
     return choose.choice(VALUES)

@@ -1,0 +1,203 @@
+"""Privilege separation: a helper that is root opens what a policy allows; a worker that is nobody gets read-only descriptors.
+
+    sudo python examples/privsep.py --allow /etc/ssl --allow /var/log /var/log/dmesg /etc/ssl/openssl.cnf /etc/shadow
+
+The worker sits in an empty directory (chroot), as `nobody`, and has nothing but one channel.  What it asks for is a path; what it
+gets is a descriptor of a regular file, open for reading, or a refusal.  No pickle: each message is one of three classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack, closing
+from pathlib import PurePosixPath
+from typing import Annotated
+
+import attrs
+
+from fdshare import Channel, DecodeError, Descriptor, FdHandle, TypedCodec
+
+NOBODY = 65534
+
+PATIENCE = 5.0
+"""Seconds that the worker has to take an answer, before the helper gives it up."""
+
+
+@attrs.frozen
+class Open:
+    """The worker asks for a file."""
+
+    path: str
+
+
+@attrs.frozen
+class Opened:
+    """The helper gives it: checked at both ends to be a regular file, open for reading and nothing else."""
+
+    file: Annotated[FdHandle, Descriptor(kinds={"file"}, access="r")]
+
+
+@attrs.frozen
+class Refused:
+    """The helper does not."""
+
+    reason: str
+
+
+MESSAGES = (Open, Opened, Refused)
+AT_THE_HELPER = TypedCodec(
+    *MESSAGES, max_bytes=8192, send_fds=1, recv_fds=0
+)  # the worker can send it no descriptor at all
+AT_THE_WORKER = TypedCodec(*MESSAGES, max_bytes=8192, send_fds=0, recv_fds=1)
+
+
+# --- the helper, which is root -----------------------------------------------------------------------------------------
+
+
+class Policy:
+    """Regular files below some directories.
+
+    No link is followed, at any step, and nothing goes up: so a path cannot lead out.  The directories must be such that the
+    worker cannot write in them, or it could link a file of others into one.
+    """
+
+    def __init__(self, directories: list[str]) -> None:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC  # pinned now: renaming one later changes nothing
+        self._roots = {PurePosixPath(path): FdHandle(os.open(path, flags)) for path in directories}
+
+    def open(self, path: str) -> FdHandle:
+        """Open a file for reading.
+
+        Raises:
+            OSError, ValueError: it is not allowed, or not there.
+        """
+        wanted = PurePosixPath(path)
+        root = next((root for root in self._roots if wanted != root and wanted.is_relative_to(root)), None)
+        if root is None or ".." in wanted.parts:
+            raise PermissionError("not below a directory that the policy names")
+        *parents, name = wanted.relative_to(root).parts
+        directory, flags = self._roots[root].fileno(), os.O_NOFOLLOW | os.O_CLOEXEC
+        with ExitStack() as stack:
+            for parent in parents:
+                below = FdHandle(os.open(parent, os.O_PATH | os.O_DIRECTORY | flags, dir_fd=directory))
+                directory = stack.enter_context(below).fileno()
+            # Not blocking: the open of a FIFO would wait for its writer.
+            flags |= os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+            file = stack.enter_context(FdHandle(os.open(name, flags, dir_fd=directory)))
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PermissionError("not a regular file")
+            return FdHandle(file.detach())
+
+    def close(self) -> None:
+        """Close the directories."""
+        for handle in self._roots.values():
+            handle.close()
+
+
+def answer(request: object, policy: Policy) -> Opened | Refused:
+    """Do what the worker asks for, or say why not."""
+    if not isinstance(request, Open):
+        return Refused("only Open is answered")
+    try:
+        return Opened(policy.open(request.path))
+    except (OSError, ValueError) as error:
+        return Refused(str(error))
+
+
+def serve(worker: Channel, policy: Policy) -> None:
+    """Answer until the worker is gone, breaks the protocol, or does not take its answers."""
+    while True:
+        reply: Opened | Refused
+        try:
+            reply = answer(worker.recv(), policy)
+        except DecodeError:
+            reply = Refused("no message of this protocol")
+        except OSError:
+            return
+        try:
+            worker.send(reply, timeout=PATIENCE)
+        except OSError:
+            return
+        finally:
+            if isinstance(reply, Opened):
+                reply.file.close()
+
+
+# --- the worker, which is nobody ---------------------------------------------------------------------------------------
+
+
+def confine() -> None:
+    """Give up everything but what is open: run in the worker, as its first act."""
+    os.chroot(".")  # the empty directory that it was started in
+    os.chdir("/")
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def work(helper: Channel, paths: list[str]) -> int:
+    """Print the SHA-256 of each file; return how many were refused."""
+    refused = 0
+    for path in paths:
+        helper.send(Open(path))
+        match helper.recv(timeout=PATIENCE):
+            case Opened(handle):
+                with handle, open(handle.fileno(), "rb", closefd=False) as file:
+                    print(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path}")
+            case Refused(reason):
+                print(f"{path}: refused: {reason}")
+                refused += 1
+    return refused
+
+
+def run_worker(command: list[str], policy: Policy) -> int:
+    """Start a worker in an empty directory, serve it, and return its exit status.
+
+    It is a program of its own, so that nothing of the helper's memory is in it.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with tempfile.TemporaryDirectory() as empty, Channel(ours, codec=AT_THE_HELPER) as channel:
+        os.chmod(empty, 0o555)
+        with theirs:
+            process = subprocess.Popen(
+                [*command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                cwd=empty,
+                env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+                stdin=subprocess.DEVNULL,
+            )
+        with process:
+            serve(channel, policy)
+            channel.close()
+        return process.returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="DIRECTORY", help="files below it may be read"
+    )
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("paths", nargs="*")
+    options = parser.parse_args()
+    if os.geteuid() != 0:
+        print("privsep.py has privileges to separate only where it is root", file=sys.stderr)
+        return 2
+    if options.worker is not None:
+        with Channel(socket.socket(fileno=options.worker), codec=AT_THE_WORKER) as helper:
+            confine()
+            return 1 if work(helper, options.paths) else 0
+    command = [sys.executable, os.path.abspath(__file__), *options.paths, "--worker"]
+    with closing(Policy(options.allow)) as policy:
+        return run_worker(command, policy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
