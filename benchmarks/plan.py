@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.cases import arrays, descriptors, importing, pools, small, waiting
+from benchmarks.cases import arrays, descriptors, importing, pools, shared, small, waiting
 from benchmarks.model import Case, Target
 
 __all__ = ["CASES", "select"]
@@ -64,6 +64,26 @@ CASES: tuple[Case, ...] = (
     Case(
         "array-512MiB", "array of 512 MiB", "Arrays", partial(arrays.run_array, size=512 * MIB), ARRAY_PEERS, MP,
         heavy=True,
+    ),
+    Case(
+        "shared-new", "1 MiB into new shared memory", "Shared memory", shared.run_new,
+        ("fdshare", "SharedMemory"), "SharedMemory",
+    ),
+    Case(
+        "shared-1KiB", "shared array of 1 KiB", "Shared memory", partial(shared.run_array, size=KIB),
+        ("fdshare", "SharedMemory"), "SharedMemory",
+    ),
+    Case(
+        "shared-1GiB", "shared array of 1 GiB", "Shared memory", partial(shared.run_array, size=1024 * MIB),
+        ("fdshare", "SharedMemory"), "SharedMemory",
+    ),
+    Case(
+        "tensors-1000", "1,000 small tensors in one message", "Shared memory", shared.run_tensors,
+        ("fdshare", "torch.multiprocessing"), "torch.multiprocessing",
+    ),
+    Case(
+        "tensor-shared", "shared tensor of 64 MiB", "Shared memory", shared.run_tensor,
+        ("fdshare", "torch.multiprocessing"), "torch.multiprocessing",
     ),
     *(
         Case(

@@ -67,7 +67,7 @@ def _new(size: int, fill: Callable[[int], object]) -> Mapping:
             fill(handle.fileno())
             if memory.HAVE_MEMFD:
                 fcntl.fcntl(handle.fileno(), fcntl.F_ADD_SEALS, SEAL_SHRINK | SEAL_GROW)
-            return map_shared(handle, size)
+            return map_shared(handle)
     except (OSError, MemoryError, ValueError, OverflowError) as error:
         raise _typed(error, size) from error
 

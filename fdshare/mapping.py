@@ -37,9 +37,8 @@ __all__ = [
     "address_of",
     "find",
     "is_sealed",
-    "map_received",
     "map_shared",
-    "mapped_already",
+    "received",
 ]
 
 # The numbers are the same on Linux and FreeBSD; where there are no memory files, fcntl lacks the names.
@@ -98,7 +97,7 @@ class Holder:
             mapping = self._mapping
             if mapping.closed:
                 assert mapping.handle is not None
-                self._mapping = mapping = map_shared(mapping.handle, mapping.extent)
+                self._mapping = mapping = map_shared(mapping.handle)
                 mapping.holder = weakref.ref(self)
             return mapping
 
@@ -267,17 +266,25 @@ else:
         return mapping
 
 
-def map_shared(handle: FdHandle, size: int) -> Mapping:
-    """Map a file of which ``size`` bytes are there, writably where its seals and its descriptor allow, and spend ``handle``."""
+def map_shared(handle: FdHandle, status: os.stat_result | None = None, seals: int | None = None) -> Mapping:
+    """Map a file, writably where its seals and its descriptor allow, and spend ``handle``.
+
+    Args:
+        status, seals: of the file, where the caller has asked already.
+
+    Raises:
+        OSError, MemoryError, ValueError, OverflowError: it cannot be mapped; ``handle`` is as before.
+    """
     fd = handle.fileno()
-    writable = not _seals(fd) & (SEAL_WRITE | SEAL_FUTURE_WRITE)
+    status = status or os.fstat(fd)
+    size = status.st_size
+    writable = not (_seals(fd) if seals is None else seals) & (SEAL_WRITE | SEAL_FUTURE_WRITE)
     try:
         mapping = _map_file(fd, size, _READ_WRITE if writable else mmap.PROT_READ)
     except PermissionError:
         if not writable:
             raise
         mapping = _map_file(fd, size, mmap.PROT_READ)  # a descriptor that was opened for reading
-    status = os.fstat(fd)
     mapping.extent = size
     mapping.file = status.st_dev, status.st_ino
     mapping.start = address_of(mapping)
@@ -297,31 +304,30 @@ def _seals(fd: int) -> int:
         return 0
 
 
-def mapped_already(fd: int) -> Mapping | None:
-    """Return the mapping that this process has of a file, or None."""
+def received(handle: FdHandle) -> Mapping:
+    """Return the mapping of a file that came from another process: the one that is there already, or a new one of all of it.
+
+    A new one has spent ``handle``; otherwise, and where this raises, it is as before.
+
+    Raises:
+        DecodeError: it is not memory that can be mapped safely, or there is no room.
+    """
+    fd = handle.fileno()
     status = os.fstat(fd)
     with _sealing:
         entry = _by_file.get((status.st_dev, status.st_ino))
         mapping = None if entry is None else entry()
-        return None if mapping is None or mapping.closed else mapping
-
-
-def map_received(handle: FdHandle) -> Mapping:
-    """Map the whole of a file that came from another process, and spend ``handle``.
-
-    Raises:
-        DecodeError: it is not memory that can be mapped safely, or there is no room; ``handle`` is as before.
-    """
-    fd = handle.fileno()
-    if memory.HAVE_MEMFD and not _seals(fd) & SEAL_SHRINK:
+        if mapping is not None and not mapping.closed:
+            return mapping
+    seals = _seals(fd)
+    if memory.HAVE_MEMFD and not seals & SEAL_SHRINK:
         raise DecodeError("shared memory arrived that is not sealed against shrinking")
-    size = os.fstat(fd).st_size
-    if not size:
+    if not status.st_size:
         raise DecodeError("shared memory arrived that is empty")
     try:
-        return map_shared(handle, size)
+        return map_shared(handle, status, seals)
     except (OSError, MemoryError, ValueError, OverflowError) as error:
-        raise DecodeError(f"no room to map shared memory of {size} bytes: {error}") from error
+        raise DecodeError(f"no room to map shared memory of {status.st_size} bytes: {error}") from error
 
 
 # --- sealing ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from fdshare import reducers
 from fdshare.errors import DecodeError
 from fdshare.handle import Outside, format_of
-from fdshare.mapping import Mapping, address_of, find, map_received, mapped_already
+from fdshare.mapping import Mapping, address_of, find, received
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,10 +44,9 @@ def reduce_mapping(mapping: Mapping, context: reducers.Context) -> reducers.Redu
 
 def rebuild_mapping(index: int, format: int) -> Mapping:
     handle = reducers.take(index, format)
-    mapping = mapped_already(handle.fileno())
-    if mapping is None:
-        return map_received(handle)
-    reducers.give_back(index, handle)
+    mapping = received(handle)
+    if not handle.closed:  # there was one already
+        reducers.give_back(index, handle)
     return mapping
 
 
