@@ -98,9 +98,13 @@ class AsyncChannel(AsyncEnd):
                     return
                 except OSError:
                     pass  # full, closed, gone: the slow path tells
-            elif self._few is not None and type(message) is Outgoing and self._few.send_few(message):
-                message.sent()
-                return
+            elif self._few is not None:
+                if isinstance(message, bytes):
+                    if self._few.send_framed(message):
+                        return
+                elif self._few.send_few(message):
+                    message.sent()
+                    return
         await self._send_slowly(message, wire.MESSAGE)
 
     async def recv(self) -> Any:
@@ -233,6 +237,16 @@ class AsyncChannel(AsyncEnd):
                 self._transport.sock.shutdown(socket.SHUT_RD)
             except OSError:
                 pass  # it has ended
+
+    def _end_output(self) -> None:
+        """Let the peer find the end of the connection after what was sent."""
+        self._channel._check(self.writable, "read-only")
+        self._channel._writable = False
+        self._send_bare = self._few = None
+        try:
+            self._transport.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it has ended
 
     # --- sending ----------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from fdshare.aio.passing import Unwaiting, pass_on
 from fdshare.aio.waiting import AsyncioWaits, InLoop, Waits
 from fdshare.channel import Channel
 from fdshare.credentials import PeerCredentials
+from fdshare.firstuse import OnFirstUse
 from fdshare.handle import Outside
 from fdshare.transport import Transport
 
@@ -27,16 +28,16 @@ BURST = 64
 class AsyncEnd(InLoop):
     """One end of a connection in an event loop."""
 
+    _input = OnFirstUse(lambda end: _input_of(end.fileno()))
+
     def __init__(self, channel: Channel | AsyncEnd) -> None:
         if isinstance(channel, AsyncEnd):
             channel._leave_loop()
+        super().__init__()
+        self._credit = BURST
         source: Channel = channel._channel if isinstance(channel, AsyncEnd) else channel
         self._channel: Unwaiting = pass_on(source, Unwaiting)
         self._transport = self._channel._transport
-        super().__init__()
-        self._credit = BURST
-        self._input = select.poll()
-        self._input.register(self._transport.sock.fileno(), select.POLLIN)
 
     def __init_subclass__(cls) -> None:
         reducers.known[cls] = reduce_async_end
@@ -143,7 +144,7 @@ class AsyncEnd(InLoop):
         return repr(self._channel).replace("Channel", type(self).__name__, 1)
 
     def __del__(self) -> None:
-        if "_input" in vars(self) and not self._transport.closed:  # unset where __init__ raised
+        if "_transport" in vars(self) and not self._transport.closed:  # unset where __init__ raised
             text = f"unclosed {self!r}"
             try:
                 self.close()
@@ -153,6 +154,12 @@ class AsyncEnd(InLoop):
     def __reduce__(self) -> tuple[Any, ...]:
         """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
         return Outside.reduce(self)
+
+
+def _input_of(fd: int) -> select.poll:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return poll
 
 
 def _fetch(transport: Transport) -> bool:

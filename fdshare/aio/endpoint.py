@@ -112,6 +112,7 @@ class Listener(InLoop):
                 if not self._credit:  # many at once, or many who are refused
                     await waits.sleep(0)
                     self._credit = BURST
+                listener._check_open()
                 sock = listener._accept_now()
                 if sock is None:
                     await waits.readable()

@@ -40,14 +40,13 @@ def pass_on(channel: Channel, cls: type[ChannelT]) -> ChannelT:
     Raises:
         ClosedError: it is closed.
     """
-    transport = _renewed(channel._transport)
+    old = channel._transport
+    transport = _renewed(old)
     if issubclass(cls, Unwaiting):
         vars(transport)["wait"] = _blocked
     new = cls.__new__(cls)
-    vars(new).update(vars(channel))
-    new._transport = transport
+    vars(new).update({name: transport if value is old else value for name, value in vars(channel).items()})
     new._send_bare = None if channel._send_bare is None else transport.sock.send
-    new._few = None if channel._few is None else transport  # type: ignore[assignment]  # of the same class
     return new
 
 
@@ -66,7 +65,8 @@ def _renewed(old: Transport) -> Transport:
         new._reading, new._writing = threading.RLock(), threading.RLock()
         new._wakers = set()
         new._read_with(new._control)
-        new.in_flight._transport = new
+        if "in_flight" in state:
+            new.in_flight._transport = new
         old.arrived, old.plain = None, False
     recycle.leave(old)
     return new

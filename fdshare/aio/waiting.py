@@ -150,7 +150,7 @@ class AsyncioWaits:
         self.sleep = asyncio.sleep
 
     def is_here(self) -> bool:
-        return get_running_loop() is self._loop
+        return asyncio._get_running_loop() is self._loop
 
     async def run(self, function: Callable[[], T], discard: Callable[[T], object]) -> T:
         future = self._loop.run_in_executor(None, function)
