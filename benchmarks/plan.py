@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.cases import arrays, descriptors, importing, pools, shared, small, waiting
+from benchmarks.cases import arrays, descriptors, importing, pools, shared, small, typed, waiting
 from benchmarks.model import Case, Target
 
 __all__ = ["CASES", "select"]
@@ -29,6 +29,14 @@ CASES: tuple[Case, ...] = (
     Case(
         "oneway", "small message, one way", "Small messages", small.run_one_way,
         ("fdshare", MP, "bare Python", "C"), MP, Target("faster", 2.2),
+    ),
+    Case(
+        "typed", "small attrs object without pickle, round trip", "Small messages", typed.run_message,
+        ("fdshare", "fdshare (pickle)", MP), "fdshare (pickle)",
+    ),
+    Case(
+        "typed-handle", "attrs object with an FdHandle, without pickle", "Small messages", typed.run_descriptor,
+        ("fdshare", "fdshare (pickle)"), "fdshare (pickle)",
     ),
     Case(
         "socket-1", "message with 1 socket", "Descriptors", partial(descriptors.run_sockets, count=1),
