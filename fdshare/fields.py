@@ -135,11 +135,12 @@ class Sending:
 
     __slots__ = ("_places", "codec", "moving", "out")
 
+    _places: dict[tuple[int, str], int]
+
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.out: Outgoing | None = None
         self.moving = 0
-        self._places: dict[tuple[int, str], int] = {}
 
     def lend(self, obj: Any, field: Field, owner: Any) -> int:
         """Put the descriptor of ``obj`` into the message, once for each way to stand there; return its place.
@@ -151,14 +152,14 @@ class Sending:
             Refused: it is not what the field declares.
         """
         key = id(obj), field.text
-        if key in self._places:
+        if self.out is None:
+            self.out, self._places = Outgoing(), {}
+        elif key in self._places:
             return self._places[key]
         fd = field.ready(obj, field.options, self)
         objection = field.options.objection(fd)
         if objection is not None:
             raise Refused(obj, objection)
-        if self.out is None:
-            self.out = Outgoing()
         self.out._owners.append(obj)
         if self.moving:
             self.out._consumed.append(owner.close)

@@ -24,6 +24,7 @@ Nothing is converted on the way in, nothing may be missing, nothing may be added
 from __future__ import annotations
 
 import enum
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -53,7 +54,7 @@ from fdshare.values import (
     tuple_node,
 )
 
-__all__ = ["Schema"]
+__all__ = ["Schema", "Wrong"]
 
 
 class Schema:
@@ -126,17 +127,20 @@ class Schema:
             array_like=True,
             forbid_unknown_fields=True,
         )
-        children: list[Node] = []  # filled below: a class may hold itself
-        pack, unpack = _pack_class(cls, fields, children), _unpack_class(cls, fields, children)
+        packs: list[Pack] = []  # both filled below: a class may hold itself
+        unpacks: list[tuple[int, Unpack]] = []
+        pack, unpack = _pack_class(cls, fields, packs), _unpack_class(cls, fields, unpacks)
         node = self._nodes[cls] = Node(name, wire, frozenset({cls}), pack, unpack, hashable=False)
         self._definitions[name] = ""
         self._open.append(cls)
         hints = self._hints(cls)
-        children += [self._node(hints.get(a.name, a.type or Any), f"{name}.{a.name}") for a in fields]
+        children = [self._node(hints.get(a.name, a.type or Any), f"{name}.{a.name}") for a in fields]
         self._open.pop()
         node.depth = 1 + max((child.depth for child in children), default=0)
         for place, child in zip(places, children, strict=True):
             setattr(wire, place, child.wire)
+        packs += [child.pack for child in children]
+        unpacks += [(i, child.unpack) for i, child in enumerate(children) if child.unpack is not None]
         described = (f"{a.name}: {child.text}" for a, child in zip(fields, children, strict=True))
         self._definitions[name] = f"{name}({', '.join(described)})"
         return node
@@ -229,17 +233,24 @@ def _refusal(annotation: Any) -> str:
     )
 
 
-def _pack_class(cls: type, fields: list[Any], children: list[Node]) -> Pack:
+def _pack_class(cls: type, fields: list[Any], packs: list[Pack]) -> Pack:
     name = cls.__name__
     names = [a.name for a in fields]
+    values_of: Callable[[Any], Iterable[Any]]
+    if len(names) > 1:
+        values_of = operator.attrgetter(*names)
+    else:
+
+        def values_of(obj: Any) -> Iterable[Any]:
+            return [getattr(obj, field) for field in names]
 
     def pack(value: Any, sending: Sending) -> Any:
         if type(value) is not cls:
             return expected(pack, value, sending, name)
         packed: list[Any] = [name]
         try:
-            for field, child in zip(names, children, strict=True):
-                packed.append(child.pack(getattr(value, field), sending))
+            for item, pack_item in zip(values_of(value), packs, strict=True):
+                packed.append(pack_item(item, sending))
         except Wrong as wrong:
             wrong.path.append(f".{names[len(packed) - 1]}")
             raise
@@ -248,15 +259,17 @@ def _pack_class(cls: type, fields: list[Any], children: list[Node]) -> Pack:
     return pack
 
 
-def _unpack_class(cls: type, fields: list[Any], children: list[Node]) -> Unpack:
+def _unpack_class(cls: type, fields: list[Any], unpacks: list[tuple[int, Unpack]]) -> Unpack:
     positional = not any(a.kw_only for a in fields)
     names = [a.alias for a in fields]
+    as_tuple = msgspec.structs.astuple
 
     def unpack(value: Any, receiving: Receiving) -> Any:
-        values = [
-            item if child.unpack is None else child.unpack(item, receiving)
-            for item, child in zip(msgspec.structs.astuple(value), children, strict=True)
-        ]
+        values: Any = as_tuple(value)
+        if unpacks:
+            values = [*values]
+            for place, unpack_item in unpacks:
+                values[place] = unpack_item(values[place], receiving)
         return cls(*values) if positional else cls(**dict(zip(names, values, strict=True)))
 
     return unpack

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from fdshare.codec import Incoming, Outgoing, undecodable
 from fdshare.errors import DecodeError, MessageTooLargeError, NotSendableError
 from fdshare.fields import Receiving, Sending
+from fdshare.handle import NO_HANDLES
 from fdshare.limits import Limits
 from fdshare.wire import ALWAYS_INLINE, MAX_DESCRIPTORS, MAX_FDS_PER_PACKET
 
 if TYPE_CHECKING:
-    from fdshare.schema import Schema
+    from fdshare.schema import Schema, Wrong
 
 __all__ = ["TypedCodec"]
 
@@ -76,7 +77,7 @@ class TypedCodec:
         recv_fds: int | None = None,
     ) -> None:
         try:
-            from fdshare.schema import Schema
+            from fdshare.schema import Schema, Wrong
         except ImportError as error:
             raise ImportError(f"TypedCodec needs msgspec: pip install 'fdshare[typed]' ({error})") from error
         self.message_types = message_types
@@ -93,9 +94,11 @@ class TypedCodec:
             )
         self._pack, self._unpack = self._schema.root.pack, self._schema.root.unpack
         self._to_bytes, self._from_bytes = self._schema.coders()
+        self._wrong: type[Wrong] = Wrong
         self._always_scan = self._schema.recursive
         self.name: str = f"typed:{hashlib.sha256(self._schema.text.encode()).hexdigest()[:32]}"
         """What both ends must agree on: a hash of the classes, their fields and types."""
+        self._nothing = Receiving(NO_HANDLES, self)
         self.limits = Limits(self.max_bytes, self.recv_fds if self._schema.descriptors else 0)
         """What a channel checks on the header of each packet."""
 
@@ -119,15 +122,13 @@ class TypedCodec:
         return sending.out
 
     def _encode(self, obj: Any, sending: Sending) -> bytes:
-        from fdshare.values import Wrong
-
         try:
             data = self._to_bytes(self._pack(obj, sending))
             if self._always_scan or len(data) > self.max_items:
                 scan(data, self.max_items, self.max_depth)
             if self._schema.bounded:
                 self._schema.check_bounds(data, self._from_bytes)
-        except Wrong as wrong:
+        except self._wrong as wrong:
             raise _not_sendable(
                 "message" + "".join(reversed(wrong.path)), wrong.value, wrong.reason
             ) from wrong
@@ -151,27 +152,30 @@ class TypedCodec:
         Raises:
             DecodeError: it is not one of these classes, or breaks a bound; its descriptors are closed.
         """
-        receiving = Receiving(message.handles, self)
+        handles = message.handles
+        receiving = Receiving(handles, self) if handles else self._nothing
         failed = True
         try:
             payload = message.payload
             # Again, for whoever has no channel that looks at headers.
-            if message.buffers or len(payload) > self.max_bytes or len(message.handles) > self.recv_fds:
+            if message.buffers or len(payload) > self.max_bytes or len(handles) > self.recv_fds:
                 raise DecodeError(
                     f"over a bound: {len(payload)} bytes (max_bytes is {self.max_bytes}), "
-                    f"{len(message.handles)} descriptors (recv_fds is {self.recv_fds}), {len(message.buffers)} buffers"
+                    f"{len(handles)} descriptors (recv_fds is {self.recv_fds}), {len(message.buffers)} buffers"
                 )
             if self._always_scan or len(payload) > self.max_items:
                 scan(payload, self.max_items, self.max_depth)
             assert self._unpack is not None  # of every class
             obj = self._unpack(self._from_bytes(payload), receiving)
-            receiving.check_all_taken()
+            if handles:
+                receiving.check_all_taken()
             failed = False
             return obj
         except Exception as error:
             raise undecodable(error) from error
         finally:
-            receiving.close(failed)
+            if handles:
+                receiving.close(failed)
 
     def __repr__(self) -> str:
         return f"TypedCodec({', '.join(cls.__name__ for cls in self.message_types)})"
