@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -29,6 +30,10 @@ def main() -> None:
             received.seek(0)
             if received.read() != "sent by descriptor":
                 raise SystemExit("the file arrived with other contents")
+    for arguments in (["--version"], ["ls"], ["doctor"]):
+        subprocess.run(
+            [Path(sys.prefix) / "bin" / "fdshare", *arguments], check=True, stdout=subprocess.DEVNULL
+        )
     print(f"fdshare {fdshare.__version__} works from {package}")
 
 

@@ -181,9 +181,11 @@ def send(arguments: argparse.Namespace) -> int:
 
     With --raw it sends one message for each 253 descriptors.
     """
+    from fdshare.exchange import STDIN
     from fdshare.exchange import send as send_files
 
-    twice = next((name for n, name in enumerate(arguments.files) if name in arguments.files[:n]), None)
+    names = [STDIN if name == "-" else name for name in arguments.files]
+    twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
     if twice is not None:
         arguments.wrong(f"{twice!r} is given twice")
     if arguments.data is not None and not (arguments.raw and arguments.data):

@@ -57,11 +57,15 @@ __all__ = ["Meeting", "Taking", "receive", "send"]
 RETRY_SECONDS = 0.02
 """How often to look whether somebody listens by now: soon enough for people and scripts, and no load."""
 
-TAKEN_SECONDS = 0.002
-"""How often to look whether the other side has taken what was sent: nothing wakes a sender for that."""
+FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 0.001, 0.05
+"""How often to look whether the other side has taken what was sent, as nothing wakes a sender for that: less and less often."""
 
 RAW_BUFFER = 1 << 20
 """Bytes of data taken at once from a peer that is not fdshare: more than a packet has without a raised wmem_max."""
+
+
+STDIN = "stdin"
+"""The name in a message of what came in by ``-``."""
 
 
 @attrs.frozen(kw_only=True)
@@ -235,7 +239,7 @@ def send(meeting: Meeting, files: Sequence[str], *, mode: str, data: bytes) -> i
     with _all_descriptors_allowed(), ExitStack() as stack:
         things: dict[str, Any] = {}
         for path in files:
-            things["stdin" if path == "-" else path] = stack.enter_context(_open(path, mode))
+            things[STDIN if path == "-" else path] = stack.enter_context(_open(path, mode))
         if meeting.raw:
             with _socket(meeting) as sock:
                 _send_raw(sock, list(things.values()), data)
@@ -246,6 +250,8 @@ def send(meeting: Meeting, files: Sequence[str], *, mode: str, data: bytes) -> i
                     channel.send(things, timeout=meeting.timeout)
                 except PeerClosedError:
                     raise _not_taken() from None
+                except TimeoutError:
+                    raise _too_late(meeting.timeout) from None
                 with to_socket(FdHandle.dup(channel)) as sock:
                     _wait_until_taken(sock, meeting.timeout, channel)
     return 0
@@ -274,6 +280,8 @@ def _send_raw(sock: socket.socket, things: list[Any], data: bytes) -> None:
                 sent += sock.send(data[sent:])
     except (BrokenPipeError, ConnectionResetError):
         raise _not_taken() from None
+    except TimeoutError:
+        raise _too_late(sock.gettimeout()) from None
 
 
 def _wait_until_taken(sock: socket.socket, timeout: float | None, channel: Any = None) -> None:
@@ -283,6 +291,7 @@ def _wait_until_taken(sock: socket.socket, timeout: float | None, channel: Any =
     was accepted.
     """
     deadline = _deadline(timeout)
+    pause = FIRST_LOOK_SECONDS
     while True:
         unread = unread_bytes(sock)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -292,8 +301,9 @@ def _wait_until_taken(sock: socket.socket, timeout: float | None, channel: Any =
         if not unread:
             return
         if _left(deadline) == 0:
-            raise TimeoutError(errno.ETIMEDOUT, f"the other side did not take it within {timeout:g} s")
-        time.sleep(TAKEN_SECONDS)
+            raise _too_late(timeout)
+        time.sleep(pause)
+        pause = min(1.5 * pause, LAST_LOOK_SECONDS)
 
 
 def _say_why(channel: fdshare.Channel) -> None:
@@ -302,6 +312,10 @@ def _say_why(channel: fdshare.Channel) -> None:
         channel.recv(timeout=0)
     except (PeerClosedError, TimeoutError):
         pass
+
+
+def _too_late(timeout: float | None) -> TimeoutError:
+    return TimeoutError(errno.ETIMEDOUT, f"the other side did not take it within {timeout:g} s")
 
 
 def _not_taken() -> PeerClosedError:

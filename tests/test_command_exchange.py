@@ -625,6 +625,7 @@ def test_person_at_a_terminal_is_told(address: str, file: Path) -> None:
         "send",
         "send s",
         "send s x x",
+        "send s - stdin",
         "send s x --mode=rb",
         "send s x --data=x",
         "send s x --raw --data=",
