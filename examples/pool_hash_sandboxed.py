@@ -3,7 +3,8 @@
     python examples/pool_hash_sandboxed.py examples docs
 
 Each worker becomes `nobody` where the parent is root, and may neither write a file nor start a process.  What it can read is
-what the parent chose to open, read-only.
+what the parent chose to open, read-only.  That is a guard against mistakes: a worker that was taken over could answer with a
+pickle that runs code in the parent.  Against that, see `privsep.py`.
 """
 
 from __future__ import annotations

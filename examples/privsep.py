@@ -2,8 +2,9 @@
 
     sudo python examples/privsep.py --allow /etc/ssl --allow /var/log /var/log/dmesg /etc/ssl/openssl.cnf /etc/shadow
 
-The worker sits in an empty directory (chroot), as `nobody`, and has nothing but one channel.  What it asks for is a path; what it
-gets is a descriptor of a regular file, open for reading, or a refusal.  No pickle: each message is one of three classes.
+The worker sits in an empty directory (chroot), as `nobody`, and has nothing but one channel: not even the terminal.  What it asks
+for is a path; what it gets is a descriptor of a regular file, open for reading, or a refusal.  No pickle: each message is of
+one of four classes.
 """
 
 from __future__ import annotations
@@ -51,7 +52,14 @@ class Refused:
     reason: str
 
 
-MESSAGES = (Open, Opened, Refused)
+@attrs.frozen
+class Report:
+    """The worker tells what it found; there is no answer."""
+
+    text: str
+
+
+MESSAGES = (Open, Opened, Refused, Report)
 AT_THE_HELPER = TypedCodec(
     *MESSAGES, max_bytes=8192, send_fds=1, recv_fds=0
 )  # the worker can send it no descriptor at all
@@ -116,7 +124,11 @@ def serve(worker: Channel, policy: Policy) -> None:
     while True:
         reply: Opened | Refused
         try:
-            reply = answer(worker.recv(), policy)
+            request = worker.recv()
+            if isinstance(request, Report):
+                print(ascii(request.text)[1:-1])  # terminals obey what is not printable
+                continue
+            reply = answer(request, policy)
         except DecodeError:
             reply = Refused("no message of this protocol")
         except OSError:
@@ -143,24 +155,25 @@ def confine() -> None:
 
 
 def work(helper: Channel, paths: list[str]) -> int:
-    """Print the SHA-256 of each file; return how many were refused."""
+    """Report the SHA-256 of each file; return how many were refused."""
     refused = 0
     for path in paths:
         helper.send(Open(path))
         match helper.recv(timeout=PATIENCE):
             case Opened(handle):
                 with handle, open(handle.fileno(), "rb", closefd=False) as file:
-                    print(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path}")
+                    helper.send(Report(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path}"))
             case Refused(reason):
-                print(f"{path}: refused: {reason}")
+                helper.send(Report(f"{path}: refused: {reason}"))
                 refused += 1
     return refused
 
 
-def run_worker(command: list[str], policy: Policy) -> int:
+def run_worker(command: list[str], policy: Policy, output: int = subprocess.DEVNULL) -> int:
     """Start a worker in an empty directory, serve it, and return its exit status.
 
-    It is a program of its own, so that nothing of the helper's memory is in it.
+    It is a program of its own, so that nothing of the helper's memory is in it, and in a session of its own, without a terminal
+    that it could read from or type into.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with tempfile.TemporaryDirectory() as empty, Channel(ours, codec=AT_THE_HELPER) as channel:
@@ -171,7 +184,10 @@ def run_worker(command: list[str], policy: Policy) -> int:
                 pass_fds=[theirs.fileno()],
                 cwd=empty,
                 env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+                start_new_session=True,
                 stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
         with process:
             serve(channel, policy)

@@ -26,7 +26,7 @@ privsep.PATIENCE = 0.5
 mode, allowed, secret, worker = sys.argv[1:]
 with contextlib.closing(privsep.Policy([allowed])) as policy:
     command = [sys.executable, worker, mode, allowed, secret, str(os.getpid())]
-    sys.exit(privsep.run_worker(command, policy))
+    sys.exit(privsep.run_worker(command, policy, sys.stdout.fileno()))
 """
 
 
