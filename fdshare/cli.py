@@ -122,7 +122,7 @@ _MEETING = (
 
 def _meeting(arguments: argparse.Namespace, *, listens: bool) -> Any:
     """Return what the two commands have in common."""
-    from fdshare.exchange import Meeting
+    from fdshare.command.exchange import Meeting
 
     if not arguments.address:
         arguments.wrong("the address is empty")
@@ -181,8 +181,8 @@ def send(arguments: argparse.Namespace) -> int:
 
     With --raw it sends one message for each 253 descriptors.
     """
-    from fdshare.exchange import STDIN
-    from fdshare.exchange import send as send_files
+    from fdshare.command.exchange import STDIN
+    from fdshare.command.exchange import send as send_files
 
     names = [STDIN if name == "-" else name for name in arguments.files]
     twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
@@ -234,7 +234,7 @@ def recv(arguments: argparse.Namespace) -> int:
     descriptors from 3 on, LISTEN_FDS says how many, LISTEN_PID for whom, LISTEN_FDNAMES their names.  Its exit code
     is then that of fdshare; 127 where there is no such command, 126 where it cannot be started.
     """
-    from fdshare.exchange import Taking, receive
+    from fdshare.command.exchange import Taking, receive
 
     if arguments.command_line == []:
         arguments.wrong("--exec needs a command")
@@ -261,7 +261,7 @@ def ls(arguments: argparse.Namespace) -> int:
     Other ends of pipes and sockets are found in the processes that you may see; root sees all of them.  Where there is no
     /proc (macOS, FreeBSD), another process needs psutil, and fewer columns are known.
     """
-    from fdshare.ls import main as list_descriptors
+    from fdshare.command.ls import main as list_descriptors
 
     return list_descriptors(arguments.pid, as_json_text=arguments.json)
 
@@ -273,7 +273,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     Each line is ok, warn or missing.  The exit code is 1 where something is missing without which fdshare cannot work, and
     0 otherwise, warnings or not.
     """
-    from fdshare.doctor import main as examine
+    from fdshare.command.doctor import main as examine
 
     return examine(as_json=arguments.json)
 

@@ -43,7 +43,7 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 
 AS_NOBODY = """
 import email.parser, multiprocessing.connection, multiprocessing.popen_fork, os, sys  # loaded while the files can still be read
-import fdshare.doctor, fdshare.exchange, fdshare.ls
+import fdshare.command.doctor, fdshare.command.exchange, fdshare.command.ls
 fdshare.connect
 from fdshare.cli import main
 os.setgroups([])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command import ROOT, TIMEOUT
 
-from fdshare import doctor, probing
+from fdshare.command import doctor, probing
 
 PAGE = (ROOT / "docs" / "command.md").read_text()
 PROGRAM = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from command import run, run_as_nobody
 
-from fdshare import doctor, probing
-from fdshare.probing import Finding
+from fdshare.command import doctor, probing
+from fdshare.command.probing import Finding
 
 STATES = {"ok", "warn", "missing"}
 Report = dict[str, dict[str, Any]]

@@ -26,7 +26,7 @@ from unix_sockets import socket_kind, type_of
 
 import fdshare
 from fdshare import cli
-from fdshare.arrivals import find_items, is_plain, listen_name, shortened
+from fdshare.command.arrivals import find_items, is_plain, listen_name, shortened
 
 __all__ = ["compiled_programs", "socket_kind"]  # fixtures
 

@@ -18,9 +18,10 @@ import attrs
 import pytest
 from command import COMMAND, ROOT, run, run_as_nobody
 
-from fdshare import cli, ls
-from fdshare.descriptors import Descriptor, by_fstat, by_proc, by_psutil
-from fdshare.sockets import Socket, read_sockets
+from fdshare import cli
+from fdshare.command import ls
+from fdshare.command.descriptors import Descriptor, by_fstat, by_proc, by_psutil
+from fdshare.command.sockets import Socket, read_sockets
 
 if not os.path.isdir("/proc/self/fd"):
     pytest.skip("no /proc here", allow_module_level=True)
@@ -282,9 +283,9 @@ def test_socket_names_cannot_forge_lines(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_sockets_without_diagnostics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel's module for them is not there, names and states are."""
-    import fdshare.sockets
+    import fdshare.command.sockets
 
-    monkeypatch.setattr(fdshare.sockets, "_NETLINK_SOCK_DIAG", 31)  # no such protocol
+    monkeypatch.setattr(fdshare.command.sockets, "_NETLINK_SOCK_DIAG", 31)  # no such protocol
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "a name"))
         listener.listen()

@@ -24,9 +24,9 @@ from typing import Any
 
 import attrs
 
+from fdshare.command.sockets import Socket, read_sockets
 from fdshare.credentials import peer_credentials
 from fdshare.handle import KIND_BY_FORMAT, kind_of, kind_of_link, own
-from fdshare.sockets import Socket, read_sockets
 
 __all__ = ["Descriptor", "Holder", "by_fstat", "by_proc", "by_psutil", "command_of", "read_descriptors"]
 

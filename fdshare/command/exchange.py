@@ -31,7 +31,7 @@ import attrs
 import fdshare
 from fdshare import wire
 from fdshare.addresses import connected_socket, inherited_socket, listening_socket
-from fdshare.arrivals import (
+from fdshare.command.arrivals import (
     NOT_EXECUTABLE,
     NOT_FOUND,
     Arrival,
@@ -43,11 +43,11 @@ from fdshare.arrivals import (
     shortened,
     tell,
 )
+from fdshare.command.ls import counted
 from fdshare.credentials import peer_credentials
 from fdshare.errors import PeerClosedError
 from fdshare.handle import FdHandle, own, to_socket
 from fdshare.inflight import unread_bytes
-from fdshare.ls import counted
 from fdshare.socketfile import remove
 
 T = TypeVar("T")

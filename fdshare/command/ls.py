@@ -9,8 +9,8 @@ from typing import Any
 
 import attrs
 
-from fdshare.descriptors import Descriptor, Holder, command_of, read_descriptors
-from fdshare.sockets import Socket
+from fdshare.command.descriptors import Descriptor, Holder, command_of, read_descriptors
+from fdshare.command.sockets import Socket
 
 __all__ = ["as_json", "columns", "counted", "describe", "main", "printable", "row"]
 

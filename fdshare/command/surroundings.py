@@ -21,11 +21,11 @@ from typing import Any
 
 import fdshare
 from fdshare import rendezvous
+from fdshare.command.probes import first_line
+from fdshare.command.probing import Finding, ok, probe, warn
 from fdshare.credentials import peer_credentials
 from fdshare.datagrams import ask_credentials, recv_signed, send_signed
 from fdshare.handle import own
-from fdshare.probes import first_line
-from fdshare.probing import Finding, ok, probe, warn
 
 __all__: list[str] = []
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import fdshare
-from fdshare import probes, probing, surroundings
-from fdshare.ls import columns, counted, printable
-from fdshare.probing import MISSING, OK, WARN, Finding, Probe, run
+from fdshare.command import probes, probing, surroundings
+from fdshare.command.ls import columns, counted, printable
+from fdshare.command.probing import MISSING, OK, WARN, Finding, Probe, run
 
 __all__ = ["examine", "main"]
 

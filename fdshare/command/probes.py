@@ -21,9 +21,9 @@ from itertools import count
 
 import fdshare
 from fdshare import memory, wire
+from fdshare.command.probing import Finding, ok, probe, warn
 from fdshare.handle import FdHandle, own
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
-from fdshare.probing import Finding, ok, probe, warn
 from fdshare.rights import open_descriptors
 
 __all__ = ["bytes_in_words", "first_line"]

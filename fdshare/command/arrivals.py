@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 import attrs
 
 from fdshare.addresses import FIRST_LISTEN_FD
+from fdshare.command.descriptors import Descriptor, by_fstat, by_proc
+from fdshare.command.ls import as_json, columns, counted, describe, printable
 from fdshare.credentials import PeerCredentials
-from fdshare.descriptors import Descriptor, by_fstat, by_proc
 from fdshare.files import ReadAhead
 from fdshare.handle import HasFileno, own
-from fdshare.ls import as_json, columns, counted, describe, printable
 
 __all__ = ["Arrival", "Item", "copy_all", "find_items", "hand_over_to", "is_plain", "shortened", "tell"]
 

@@ -1,0 +1,1 @@
+"""What the subcommands of ``fdshare`` do; each loads when it is first used."""
