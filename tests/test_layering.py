@@ -51,7 +51,7 @@ def read_rows(text: str) -> dict[str, Rank]:
 def read_package() -> dict[str, str]:
     """Return the source of each module of fdshare by its dotted name; a package's goes by ``name.__init__``."""
     sources = {}
-    for folder in (PACKAGE, *(PACKAGE / name for name in ("aio", "handover", "pool", "integrations"))):
+    for folder in (PACKAGE, *(init.parent for init in PACKAGE.glob("*/__init__.py"))):
         for path in sorted(folder.glob("*.py")):
             sources[".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)] = path.read_text()
     return sources
