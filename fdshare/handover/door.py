@@ -1,4 +1,4 @@
-"""The old generation's side: a thread that answers at the control socket, and one for each successor that comes.
+"""The old generation's side: a thread that answers at the control socket, and one for the successor.
 
 ========= ======================================== ==========================================================================
 state     meaning                                  goes to
@@ -24,25 +24,33 @@ from typing import Any, Protocol
 
 from fdshare.channel import Channel
 from fdshare.endpoint import Listener
-from fdshare.errors import ClosedError, FdLimitError, FdShareError, PeerClosedError, ProtocolError
+from fdshare.errors import ClosedError, FdShareError, PeerClosedError, ProtocolError
 from fdshare.handover import protocol
+from fdshare.handover.gate import Signal
+from fdshare.waiting import wait
 
 __all__ = ["Door", "DoorState", "Host"]
 
 logger = logging.getLogger("fdshare.handover")
 
-MAX_PEERS = 16
-"""Most successors that are being talked to at a time: each is a thread, and all but one will be refused."""
+MAX_PEERS = 256
+"""Most peers that have not said yet what they want: each costs a descriptor.  Beyond it the oldest one has to go."""
+
+ACCEPT_BATCH = 64
+"""Most peers accepted in a row, so that a crowd at the door does not keep those inside waiting."""
 
 ASK_SECONDS = 10.0
 """How long a peer may take to say what it wants; a successor says so at once."""
+
+TELL_SECONDS = 10.0
+"""How long a successor may take to make room for the state that it has asked for."""
 
 START_SECONDS = 5.0
 """How long a successor may take from being told to go on to saying that it serves, while nobody accepts.  It does nothing but
 send; after that it counts as stopped, and this process resumes."""
 
 ACCEPT_PAUSE = 0.1
-"""Seconds without accepting after the descriptor limit was met."""
+"""Seconds without accepting after it has failed, as at the descriptor limit."""
 
 OUTLAST_TICK = 1.0
 """Seconds between two looks whether this process has closed its own end meanwhile."""
@@ -101,49 +109,134 @@ class Door:
         self._serving = False
         self._closed = False
         self._lock = threading.Lock()
+        self._decided = threading.Condition(self._lock)
         self._successor: Channel | None = None
         self._successor_pid = 0
-        self._peers: dict[Channel, threading.Thread] = {}
+        self._pending: dict[Channel, float] = {}
+        self._sessions: dict[Channel, threading.Thread] = {}
+        self._signal = Signal()
         self._thread = threading.Thread(target=self._answer, name="fdshare handover", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._signal.close()
+            raise
 
     def open(self) -> None:
         """Give offers from now on; until then whoever comes is told to come later."""
         self._serving = True
 
-    # --- the threads ----------------------------------------------------------------------------------------------------
+    # --- the thread that answers --------------------------------------------------------------------------------------------
 
     def _answer(self) -> None:
-        while True:
-            try:
-                channel = self._listener.accept()
-            except ClosedError:
-                return
-            except FdLimitError as error:
-                logger.warning("a successor has to wait: %s", error)
-                time.sleep(ACCEPT_PAUSE)
-                continue
-            self._receive(channel)
-
-    def _receive(self, channel: Channel) -> None:
-        thread = threading.Thread(
-            target=self._talk_to, args=(channel,), name="fdshare handover peer", daemon=True
-        )
+        pending = self._pending
         try:
-            with self._lock:
-                if not self._closed and len(self._peers) < MAX_PEERS:
-                    thread.start()
-                    self._peers[channel] = thread
-                    return
-        except RuntimeError as error:  # no thread left
-            logger.warning("a successor was turned away: %s", error)
+            while not self._closed and self.state is not DoorState.GONE:
+                now = time.monotonic()
+                for channel in [channel for channel, deadline in pending.items() if deadline <= now]:
+                    self._drop(channel)
+                left = min(pending.values(), default=None)
+                left = None if left is None else left - now
+                for thing in wait([self._signal, self._listener, *pending], left):
+                    if thing is self._listener:
+                        self._accept()
+                    elif thing in pending:
+                        self._attend(thing)
+        finally:
+            for channel in list(pending):
+                self._drop(channel)
+            self._listener.close()
+
+    def _accept(self) -> None:
+        try:
+            for _ in range(ACCEPT_BATCH):
+                self._pending[self._listener.accept(timeout=0)] = time.monotonic() + ASK_SECONDS
+                if len(self._pending) > MAX_PEERS:
+                    self._drop(next(iter(self._pending)))
+        except TimeoutError:
+            pass
+        except OSError as error:  # FdLimitError, most likely
+            logger.warning("a successor has to wait: %s", error)
+            time.sleep(ACCEPT_PAUSE)
+
+    def _drop(self, channel: Channel) -> None:
+        del self._pending[channel]
         channel.close()
 
-    def _talk_to(self, channel: Channel) -> None:
+    def _attend(self, channel: Channel) -> None:
+        """Hear what a peer wants, and make it the successor, or tell it why not."""
         try:
-            self._succeed(channel)
+            _, asked = protocol.receive(channel, "take", timeout=0)
+            granted = self._consider(channel, asked.get("versions"))
+        except TimeoutError:  # half a message, or no room for an answer
+            return
+        except PeerClosedError:
+            granted = False
+        except (FdShareError, OSError) as error:
+            logger.warning("a peer was turned away: %s", error)
+            granted = False
+        except Exception:
+            logger.exception("a peer was turned away")
+            granted = False
+        if granted:
+            del self._pending[channel]
+        else:
+            self._drop(channel)
+
+    def _consider(self, channel: Channel, versions: Any) -> bool:
+        common = set(versions) & set(protocol.VERSIONS) if isinstance(versions, list | tuple) else set()
+        if not common:
+            text = f"the predecessor speaks versions {protocol.VERSIONS} of the handover's protocol, not {versions!r}"
+            protocol.send(channel, "refused", timeout=0, why="version", text=text)
+            return False
+        with self._lock:
+            refused = self._reserve(channel)
+            if not refused:
+                arguments = (channel, max(common))
+                thread = threading.Thread(
+                    target=self._succeed, args=arguments, name="fdshare handover successor", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no thread left
+                    self._successor, self.state = None, DoorState.IDLE
+                    refused = "busy", f"process {os.getpid()} cannot attend to a successor: {error}"
+                else:
+                    self._sessions[channel] = thread
+        if refused:
+            why, text = refused
+            protocol.send(channel, "refused", timeout=0, why=why, text=text)
+        return not refused
+
+    def _reserve(self, channel: Channel) -> tuple[str, str] | None:
+        """Make this peer the successor; return why not, where not.  Whoever calls holds the lock."""
+        me = os.getpid()
+        if self._closed or self.state is DoorState.GONE:
+            return "gone", f"process {me} has just been succeeded"
+        if not self._serving:
+            return "busy", f"process {me} is not ready itself"
+        if self._successor is not None:
+            return "busy", f"process {self._successor_pid} is succeeding process {me} already"
+        self._successor, self._successor_pid = channel, channel.peer.pid
+        self.state = DoorState.OFFERED
+        return None
+
+    # --- the thread of the successor ----------------------------------------------------------------------------------------
+
+    def _succeed(self, channel: Channel, version: int) -> None:
+        try:
+            gone = False
+            try:
+                self._host.begin_offer()
+                self._offer(channel, version)
+                kept = self._initialising(channel)
+                gone = True
+            finally:
+                if not gone:
+                    self._release(channel)
+            self._retire(channel, kept)
         except (ClosedError, PeerClosedError):
-            pass  # this side was closed, or a peer has ended that was nobody's successor yet
+            pass  # this process ends, or the successor did
         except (FdShareError, OSError) as error:
             logger.warning("a successor was turned away: %s", error)
         except Exception:
@@ -151,54 +244,17 @@ class Door:
         finally:
             channel.close()
             with self._lock:
-                self._peers.pop(channel, None)
-
-    def _succeed(self, channel: Channel) -> None:
-        _, asked = protocol.receive(channel, "take", timeout=ASK_SECONDS)
-        pid = channel.peer.pid
-        versions = asked.get("versions")
-        common = set(versions) & set(protocol.VERSIONS) if isinstance(versions, list | tuple) else set()
-        if not common:
-            text = f"the predecessor speaks versions {protocol.VERSIONS} of the handover's protocol, not {versions!r}"
-            protocol.send(channel, "refused", why="version", text=text)
-            return
-        refused = self._reserve(channel, pid)
-        if refused:
-            why, text = refused
-            protocol.send(channel, "refused", why=why, text=text)
-            return
-        gone = False
-        try:
-            self._host.begin_offer()
-            self._offer(channel, max(common))
-            kept = self._initialising(channel)
-            gone = True
-        finally:
-            if not gone:
-                self._release(channel)
-        self._retire(channel, kept)
-
-    def _reserve(self, channel: Channel, pid: int) -> tuple[str, str] | None:
-        """Make this peer the successor; return why not, where not."""
-        with self._lock:
-            if self._closed or self.state is DoorState.GONE:
-                return "gone", f"process {os.getpid()} has just been succeeded"
-            if not self._serving:
-                return "busy", f"process {os.getpid()} is not ready itself"
-            if self._successor is not None:
-                return "busy", f"process {self._successor_pid} is succeeding process {os.getpid()} already"
-            self._successor, self._successor_pid = channel, pid
-            self.state = DoorState.OFFERED
-        return None
+                self._sessions.pop(channel, None)
 
     def _release(self, channel: Channel) -> None:
         """Let others succeed: this one has failed."""
         with self._lock:
-            closed, pid = self._closed, self._successor_pid
+            self.state = DoorState.OFFERED if self._closed else DoorState.IDLE
+            self._decided.notify_all()
+            if self._closed:
+                return  # on purpose, so its end without a word is right: the successor goes on alone
+            pid = self._successor_pid
             self._successor = None
-            self.state = DoorState.IDLE
-        if closed:
-            return  # on purpose, so its end without a word is right: the successor goes on alone
         logger.info("process %d did not succeed; process %d serves on", pid, os.getpid())
         self._host.end_offer()
         told, _ = self._revoke(channel, "the predecessor has given this successor up")
@@ -218,12 +274,8 @@ class Door:
 
     def _outlast(self, channel: Channel) -> None:
         """Wait for the end of a successor that could not be told: ours, without a word, would make it serve beside us."""
-        with contextlib.suppress(ClosedError):
-            while True:
-                poll = select.poll()
-                poll.register(channel.fileno(), 0)
-                if poll.poll(OUTLAST_TICK * 1000):
-                    return
+        while not _has_ended(channel, OUTLAST_TICK):
+            pass
 
     def _offer(self, channel: Channel, version: int) -> None:
         fields = self._host.what_to_offer()
@@ -257,12 +309,15 @@ class Door:
             protocol.send(channel, "no_value", number=number, text=f"{type(error).__name__}: {error}"[:1000])
             return
         try:
-            protocol.send(channel, "value", number=number, value=value)
+            protocol.send(channel, "value", timeout=TELL_SECONDS, number=number, value=value)
         except (TypeError, ValueError) as error:  # NotSendableError, MessageTooLargeError: nothing was sent
             protocol.send(channel, "no_value", number=number, text=f"{type(error).__name__}: {error}"[:1000])
 
     def _hand_over(self, channel: Channel, final: list[str]) -> None:
-        self.state = DoorState.HANDING
+        with self._lock:
+            if self._closed:
+                raise ClosedError("this process ends")
+            self.state = DoorState.HANDING
         resume = self._host.stop()
         try:
             protocol.send(channel, "go", states=self._host.final_states(final))
@@ -279,7 +334,8 @@ class Door:
     def _retire(self, channel: Channel, kept: list[str]) -> None:
         with self._lock:
             self.state = DoorState.GONE
-        self._listener.close()
+            self._decided.notify_all()
+        self._signal.set()
         self._host.retire(self._successor_pid, kept)
         # The end of the successor, or of the waiting for connections by our own close.
         with contextlib.suppress(ClosedError, PeerClosedError):
@@ -304,24 +360,42 @@ class Door:
         """Answer no more; return whether the sockets are left to a successor, which serves or is about to.  Twice is harmless."""
         with self._lock:
             self._closed = True
-            left = self._successor is not None
-            peers = dict(self._peers)
-        self._listener.close()
-        for channel in peers:
+            sessions = dict(self._sessions)
+            # Whether a successor that was told to go on serves is a matter of microseconds, unless it was stopped.
+            self._decided.wait_for(lambda: self.state is not DoorState.HANDING, 2 * START_SECONDS)
+            left = self._successor is not None and (
+                self.state is not DoorState.OFFERED or not _has_ended(self._successor)
+            )
+        self._signal.set()
+        for channel in sessions:
             channel.close()
-        for thread in (self._thread, *peers.values()):
+        for thread in (self._thread, *sessions.values()):
             if thread is not threading.current_thread():
                 thread.join()
+        self._signal.close()
         return left
 
     def forget(self) -> None:
         """After a fork, in the child: close its copies."""
         self._closed = True
         self._lock = threading.Lock()
+        self._decided = threading.Condition(self._lock)
+        self._signal.forget()
         self._listener.close()
-        for channel in self._peers:
+        for channel in (*self._pending, *self._sessions):
             channel.close()
-        self._peers.clear()
+        self._pending.clear()
+        self._sessions.clear()
+
+
+def _has_ended(channel: Channel, timeout: float = 0.0) -> bool:
+    """Whether the other side has closed altogether, or this one; whatever was said before may still be unread."""
+    poll = select.poll()
+    try:
+        poll.register(channel.fileno(), 0)
+    except ClosedError:
+        return True
+    return bool(poll.poll(timeout * 1000))
 
 
 def _names(value: Any) -> list[str]:

@@ -1,0 +1,800 @@
+"""Handover inside one process: two objects are two generations, and the kernel cannot tell."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import selectors
+import socket
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from handovers import SOON, answering, ask, first, listen, port_of
+from helpers import running, wait_until
+
+from fdshare import ClosedError, PeerClosedError, Pipe, wait
+from fdshare.handover import (
+    Handover,
+    HandoverBusyError,
+    HandoverError,
+    HandoverRevokedError,
+    HandoverSocket,
+    RetiredError,
+    door,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "control"
+
+
+# taking over ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_generation_binds(path: Path) -> None:
+    with first(path) as (handover, sock):
+        assert (handover.generation, handover.predecessor) == (0, None)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with answering(sock, b"first"):
+            assert ask(port_of(sock)) == b"first"
+            handover.close()
+    assert not path.exists()
+    assert handover.closed
+
+
+def test_the_second_takes_over_and_the_first_stops(path: Path) -> None:
+    with first(path) as (old, old_sock), Handover(path) as new:
+        new_sock = listen(new)
+        assert port_of(new_sock) == port_of(old_sock)
+        assert (new.generation, new.predecessor) == (1, os.getpid())
+        with answering(old_sock, b"old"), answering(new_sock, b"new"):
+            assert [ask(port_of(old_sock)) for _ in range(3)] == [b"old"] * 3
+            assert not old.retired.is_set()
+            new.ready()
+            assert old.retired.wait(SOON)
+            assert [ask(port_of(old_sock)) for _ in range(3)] == [b"new"] * 3
+            new.close()
+
+
+def test_every_kind_of_listener_by_name(path: Path, tmp_path: Path) -> None:
+    kinds = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM]
+    with Handover(path) as old:
+        first_socks = [
+            listen(old, "tcp"),
+            listen(old, "udp", type=socket.SOCK_DGRAM),
+            old.listen("v6", "::1", 0),
+            *(old.listen_unix(f"unix{n}", tmp_path / f"s{n}", type=kind) for n, kind in enumerate(kinds)),
+        ]
+        names = [sock.getsockname() for sock in first_socks]
+        inodes = [os.fstat(sock.fileno()).st_ino for sock in first_socks]
+        files = [(tmp_path / f"s{n}").stat().st_ino for n in range(3)]
+        old.ready()
+        with Handover(path) as new:
+            socks = [
+                *(new.listen_unix(f"unix{n}", tmp_path / f"s{n}", type=kind) for n, kind in enumerate(kinds)),
+                new.listen("v6", "::1", 0),
+                listen(new, "udp", type=socket.SOCK_DGRAM),
+                listen(new, "tcp"),
+            ]
+            new.ready()
+            by_name = {sock.name: sock for sock in socks}
+            socks = [by_name[sock.name] for sock in first_socks]
+            assert [sock.getsockname() for sock in socks] == names
+            assert [os.fstat(sock.fileno()).st_ino for sock in socks] == inodes
+            assert old.retired.wait(SOON)
+            old.close()
+            assert [(tmp_path / f"s{n}").stat().st_ino for n in range(3)] == files
+    assert sorted(tmp_path.iterdir()) == []
+
+
+def test_unread_datagrams_stay_with_the_socket(path: Path, tmp_path: Path) -> None:
+    with Handover(path) as old, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        old_sock = listen(old, "udp", type=socket.SOCK_DGRAM)
+        old.ready()
+        client.connect(old_sock.getsockname())
+        for number in range(4):
+            client.send(bytes([number]))
+        assert old_sock.recv(10) == b"\0"
+        assert old_sock.recvfrom(10) == (b"\1", client.getsockname())
+        with Handover(path) as new:
+            new_sock = listen(new, "udp", type=socket.SOCK_DGRAM)
+            new_sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                new_sock.recv(10)
+            new.ready()
+            with pytest.raises(RetiredError):
+                old_sock.recvfrom(10)
+            buffer = bytearray(10)
+            assert new_sock.recv_into(buffer) == 1
+            assert buffer[0] == 2
+            assert new_sock.recvfrom_into(buffer)[0] == 1
+            assert buffer[0] == 3
+
+
+def test_a_connection_that_waits_is_accepted_by_the_successor(path: Path) -> None:
+    with first(path) as (_, old_sock), socket.create_connection(old_sock.getsockname(), SOON) as client:
+        client.sendall(b"request")
+        with Handover(path) as new:
+            new_sock = listen(new)
+            new.ready()
+            with new_sock.accept()[0] as served:
+                assert served.recv(100) == b"request"
+
+
+def test_each_connection_is_accepted_by_the_generation_of_its_moment(path: Path) -> None:
+    """No answer of an old generation comes after one of a new one."""
+    answers: list[int] = []
+    over = threading.Event()
+    with Handover(path) as handover:
+        sock = listen(handover)
+        handover.ready()
+
+        def client() -> None:
+            while not over.is_set():
+                answers.append(int(ask(port)))
+
+        port, generations, stack = port_of(sock), [handover], [answering(sock, b"0")]
+        stack[0].__enter__()
+        with running(client):
+            try:
+                for number in range(1, 11):
+                    handover = Handover(path)
+                    sock = listen(handover)
+                    generations.append(handover)
+                    stack.append(answering(sock, b"%d" % number))
+                    stack[-1].__enter__()
+                    handover.ready()
+                    seen = len(answers)
+                    wait_until(lambda seen=seen: len(answers) > seen + 2)
+            finally:
+                over.set()
+        for generation in generations:
+            generation.close()
+        for context in stack:
+            context.__exit__(None, None, None)
+    assert answers == sorted(answers)
+    assert set(answers) == set(range(11))
+
+
+def test_the_control_socket_is_answered_at_every_moment(path: Path) -> None:
+    refused: list[OSError] = []
+    over = threading.Event()
+
+    def knock() -> None:
+        while not (over.is_set() or refused):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                try:
+                    sock.connect(os.fspath(path))
+                except OSError as error:
+                    refused.append(error)
+
+    generations = [Handover(path)]
+    inode = path.stat().st_ino
+    try:
+        generations[0].ready()
+        with running(knock):
+            try:
+                for number in range(1, 11):
+                    generations.append(Handover(path))
+                    assert generations[-1].generation == number
+                    generations[-1].ready()
+                    generations[-2].close()
+            finally:
+                over.set()
+        assert path.stat().st_ino == inode
+    finally:
+        for generation in generations:
+            generation.close()
+    assert refused == []
+    assert not path.exists()
+
+
+def test_a_port_of_ones_own_choice_and_names_of_the_same_address(path: Path) -> None:
+    with first(path) as (old, sock), Handover(path) as new:
+        same = new.listen("http", "localhost", port_of(sock))
+        assert os.fstat(same.fileno()).st_ino == os.fstat(sock.fileno()).st_ino
+        new.ready()
+        assert old.retired.wait(SOON)
+
+
+def test_an_abstract_control_address() -> None:
+    with Handover(f"\0fdshare-test-{os.getpid()}") as old:
+        old.ready()
+        with Handover(f"\0fdshare-test-{os.getpid()}") as new:
+            new.ready()
+            assert new.generation == 1
+
+
+def test_a_long_control_path(tmp_path: Path) -> None:
+    path = tmp_path / ("d" * 100) / "control"
+    path.parent.mkdir()
+    with Handover(path) as old:
+        old.ready()
+        with Handover(path) as new:
+            new.ready()
+        assert not path.exists()
+
+
+# what the successor does not want ------------------------------------------------------------------------------------
+
+
+def test_a_listener_that_is_not_wanted_goes_with_its_last_owner(path: Path, tmp_path: Path) -> None:
+    with first(path) as (old, sock):
+        old_file = tmp_path / "old"
+        address = sock.getsockname()
+        with Handover(path) as new:
+            new.ready()
+            assert old.retired.wait(SOON)
+            old.close()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(address)
+            assert not old_file.exists()
+
+
+def test_another_port_is_bound_and_the_old_queue_is_emptied(path: Path) -> None:
+    with first(path) as (old, old_sock), socket.create_server(("127.0.0.1", 0)) as free:
+        port = port_of(free)
+        free.close()
+        with (
+            socket.create_connection(old_sock.getsockname(), SOON) as queued,
+            Handover(path) as new,
+        ):
+            new_sock = listen(new, port=port)
+            assert port_of(new_sock) == port != port_of(old_sock)
+            new.ready()
+            assert old.retired.wait(SOON)
+            with old_sock.accept()[0] as served:  # the successor will not come for it
+                assert served.getpeername() == queued.getsockname()
+            with pytest.raises(RetiredError):
+                old_sock.accept()
+            with answering(new_sock, b"new"):
+                assert ask(port) == b"new"
+                new.close()
+
+
+def test_the_file_of_a_dropped_unix_socket_is_removed(path: Path, tmp_path: Path) -> None:
+    with Handover(path) as old:
+        old.listen_unix("one", tmp_path / "one")
+        old.listen_unix("two", tmp_path / "two")
+        old.ready()
+        with Handover(path) as new:
+            new.listen_unix("one", tmp_path / "one")
+            new.listen_unix("two", tmp_path / "moved")
+            new.ready()
+            assert old.retired.wait(SOON)
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["control", "moved", "one"]
+
+
+def test_a_listener_that_the_program_has_closed_is_not_offered(path: Path) -> None:
+    with Handover(path) as old:
+        sock, other = listen(old), listen(old, "other")
+        port = port_of(other)
+        old.ready()
+        other.close()
+        with Handover(path) as new:
+            assert port_of(listen(new)) == port_of(sock)
+            assert port_of(listen(new, "other", port)) == port  # bound anew
+            new.ready()
+
+
+# the gate ------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_accepts_before_it_is_ready(path: Path) -> None:
+    with Handover(path) as handover:
+        sock = listen(handover)
+        with socket.create_connection(sock.getsockname(), SOON):
+            sock.settimeout(0.01)
+            with pytest.raises(TimeoutError):
+                sock.accept()
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.accept()
+            sock.settimeout(SOON)
+            accepted: list[socket.socket] = []
+            with running(lambda: accepted.append(sock.accept()[0])):
+                handover.ready()
+            accepted[0].close()
+
+
+def test_who_waits_in_accept_is_told(path: Path) -> None:
+    told: list[BaseException] = []
+
+    def accept() -> None:
+        try:
+            old_sock.accept()
+        except OSError as error:
+            told.append(error)
+
+    with first(path) as (_, old_sock), Handover(path) as new:
+        listen(new)
+        with running(accept, accept):
+            new.ready()
+    assert [type(error) for error in told] == [RetiredError, RetiredError]
+
+
+def test_who_waits_in_accept_is_told_of_a_close(path: Path) -> None:
+    told: list[BaseException] = []
+
+    def accept() -> None:
+        with pytest.raises(ClosedError) as caught:
+            sock.accept()
+        told.append(caught.value)
+
+    with first(path) as (handover, sock), running(accept):
+        handover.close()
+    assert not isinstance(told[0], RetiredError)
+
+
+def test_a_non_blocking_accept_finds_nothing_after_retirement(path: Path) -> None:
+    """An event loop knows no other answer."""
+    with first(path) as (_, old_sock), Handover(path) as new:
+        new_sock = listen(new)
+        new.ready()
+        old_sock.setblocking(False)
+        with socket.create_connection(old_sock.getsockname(), SOON):
+            with pytest.raises(BlockingIOError):
+                old_sock.accept()
+            new_sock.accept()[0].close()
+
+
+def test_blocking_is_not_a_matter_of_the_description(path: Path) -> None:
+    with first(path) as (_, old_sock), Handover(path) as new:
+        new_sock = listen(new)
+        for value in (None, 0.0, 3.5):
+            new_sock.settimeout(value)
+            assert new_sock.gettimeout() == value
+            assert new_sock.getblocking() is (value != 0.0)
+            assert not os.get_blocking(new_sock.fileno())
+            assert old_sock.gettimeout() == SOON
+        with pytest.raises(ValueError, match="range"):
+            new_sock.settimeout(-1)
+
+
+def test_an_accepted_socket_blocks(path: Path) -> None:
+    with (
+        first(path) as (_, sock),
+        socket.create_connection(sock.getsockname(), SOON),
+        sock.accept()[0] as served,
+    ):
+        assert served.gettimeout() is None
+        assert os.get_blocking(served.fileno())
+        assert type(served) is socket.socket
+
+
+def test_a_duplicate_stands_behind_the_same_gate(path: Path) -> None:
+    with first(path) as (_, sock), sock.dup() as copy, Handover(path) as new:
+        assert isinstance(copy, HandoverSocket)
+        assert copy.gettimeout() == SOON
+        listen(new)
+        new.ready()
+        with pytest.raises(RetiredError):
+            copy.accept()
+
+
+def test_a_sent_one_is_an_ordinary_socket(path: Path) -> None:
+    ours, theirs = Pipe()
+    with first(path) as (_, sock), ours, theirs:
+        ours.send({"sock": sock})
+        with theirs.recv()["sock"] as received:
+            assert type(received) is socket.socket
+            assert received.getsockname() == sock.getsockname()
+
+
+# retired -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ways_to_wait_for_retirement(path: Path) -> None:
+    async def wait_twice(old: Handover) -> list[bool]:
+        return [await old.retired, await old.retired_async()]
+
+    with first(path) as (old, _), Handover(path) as new, selectors.DefaultSelector() as selector:
+        assert old.retired.wait(0) is False
+        assert wait([old.retired], 0) == []
+        selector.register(old.retired, selectors.EVENT_READ)
+        assert selector.select(0) == []
+        results: list[object] = []
+        with running(
+            lambda: results.append(old.retired.wait()),
+            lambda: results.append(old.retired(SOON)),
+            lambda: results.append(wait([old.retired], SOON) == [old.retired]),
+            lambda: results.extend(asyncio.run(wait_twice(old))),
+        ):
+            new.ready()
+        assert results == [True] * 5
+        assert old.retired.is_set()
+        assert [key.fileobj for key, _ in selector.select(0)] == [old.retired]
+
+
+def test_who_waits_for_retirement_is_told_of_a_close(path: Path) -> None:
+    async def wait_for() -> bool:
+        return await handover.retired
+
+    with first(path) as (handover, _):
+        results: list[bool] = []
+        with running(
+            lambda: results.append(handover.retired.wait()),
+            lambda: results.append(asyncio.run(wait_for())),
+        ):
+            handover.close()
+        assert results == [False, False]
+
+
+def test_a_cancelled_wait_for_retirement_leaves_nothing(path: Path) -> None:
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(handover.retired_async(), 0.01)
+
+    with first(path) as (handover, _):
+        asyncio.run(give_up())
+        assert handover.retired._callbacks == []
+
+
+# state ---------------------------------------------------------------------------------------------------------------
+
+
+def test_state_is_asked_for_while_the_predecessor_serves(path: Path) -> None:
+    with first(path) as (old, sock), open(os.devnull) as file:
+        old.offer("numbers", lambda: list(range(3)))
+        old.offer("file", lambda: {"file": file})
+        old.offer("big", lambda: bytes(1 << 20))
+        with Handover(path) as new, answering(sock, b"old"):
+            assert new.state("numbers") == [0, 1, 2]
+            assert ask(port_of(sock)) == b"old"
+            with new.state("file")["file"] as received:
+                assert os.fstat(received.fileno()).st_rdev == os.fstat(file.fileno()).st_rdev
+            assert len(new.state("big")) == 1 << 20
+            listen(new)
+            new.ready()
+            with pytest.raises(HandoverError, match="state: this process is serving"):
+                new.state("numbers")
+
+
+def test_state_that_is_not_there(path: Path) -> None:
+    def fail() -> None:
+        raise ValueError("not today")
+
+    with first(path) as (old, _):
+        old.offer("failing", fail)
+        old.offer("unsendable", lambda: threading.Lock())
+        with pytest.raises(TypeError):
+            old.offer("x", 3)  # type: ignore[arg-type]
+        with Handover(path) as new:
+            for name, reason in [("failing", "not today"), ("unsendable", "lock"), ("none", "none")]:
+                with pytest.raises(KeyError, match=reason):
+                    new.state(name)
+                assert new.state(name, "default") == "default"
+            new.ready()
+
+
+def test_the_first_generation_has_nobody_to_ask(path: Path) -> None:
+    with Handover(path) as handover:
+        assert handover.state("numbers", 7) == 7
+        with pytest.raises(KeyError, match="no predecessor"):
+            handover.state("numbers")
+        assert handover.ready(final=["numbers"]) == {}
+
+
+def test_a_late_answer_is_not_taken_for_another_one(path: Path) -> None:
+    go = threading.Event()
+
+    def slow() -> str:
+        go.wait(SOON)
+        return "slow"
+
+    with first(path) as (old, _):
+        old.offer("slow", slow)
+        old.offer("quick", lambda: "quick")
+        with Handover(path) as new:
+            with pytest.raises(TimeoutError):
+                new.state("slow", timeout=0.01)
+            go.set()
+            assert new.state("quick") == "quick"
+            go.clear()
+            with pytest.raises(TimeoutError):
+                new.state("slow", timeout=0.01)
+            go.set()
+            assert new.ready(final=["quick", "not offered"]) == {"quick": "quick"}
+
+
+def test_final_states_are_taken_once_nothing_is_accepted(path: Path) -> None:
+    seen: list[bool] = []
+
+    def count() -> int:
+        old_sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            old_sock.accept()
+        seen.append(True)
+        return 5
+
+    with first(path) as (old, old_sock), socket.create_connection(old_sock.getsockname(), SOON):
+        old.offer("count", count)
+        with Handover(path) as new:
+            sock = listen(new)
+            assert new.ready(final=["count"]) == {"count": 5}
+            sock.accept()[0].close()
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("final", ["failing", "unsendable"])
+def test_a_final_state_that_fails_leaves_the_predecessor_serving(path: Path, final: str) -> None:
+    with first(path) as (old, old_sock):
+        old.offer("failing", lambda: 1 // 0)
+        old.offer("unsendable", lambda: threading.Lock())
+        with answering(old_sock, b"old"):
+            with Handover(path) as new:
+                listen(new)
+                with pytest.raises(HandoverRevokedError, match="resumes"):
+                    new.ready(final=[final])
+            assert ask(port_of(old_sock)) == b"old"
+            assert not old.retired.is_set()
+            old.close()
+
+
+# hooks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_are_called_before_the_successor_accepts(path: Path) -> None:
+    calls: list[str] = []
+    with first(path) as (old, _):
+        old.on_stop(lambda: calls.append("stop 1"), lambda: calls.append("resume 1"))
+        old.on_stop(lambda: calls.append("stop 2"))
+        with Handover(path) as new:
+            assert calls == []
+            listen(new)
+            new.ready()
+            assert calls == ["stop 1", "stop 2"]
+
+
+def test_a_hook_that_fails_leaves_the_predecessor_serving(path: Path) -> None:
+    calls: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("a worker does not stop")
+
+    def fail_again() -> None:
+        calls.append("resume 2")
+        raise RuntimeError("nor resume")
+
+    with first(path) as (old, sock), answering(sock, b"old"):
+        old.on_stop(lambda: calls.append("stop 1"), lambda: calls.append("resume 1"))
+        old.on_stop(fail, fail_again)
+        old.on_stop(lambda: calls.append("stop 3"), lambda: calls.append("resume 3"))
+        with Handover(path) as new:
+            listen(new)
+            with pytest.raises(HandoverRevokedError, match="given this successor up"):
+                new.ready()
+            with pytest.raises(HandoverError, match="failed"):
+                new.ready()
+        assert calls == ["stop 1", "resume 2", "resume 1"]
+        assert ask(port_of(sock)) == b"old"
+        old.close()
+
+
+# who may succeed, and when -------------------------------------------------------------------------------------------
+
+
+def test_of_two_successors_one_wins(path: Path) -> None:
+    with first(path) as (old, _), Handover(path) as winner:
+        with pytest.raises(HandoverBusyError, match=f"process {os.getpid()} is succeeding") as caught:
+            Handover(path)
+        assert isinstance(caught.value, OSError)
+        listen(winner)
+        winner.ready()
+        assert old.retired.wait(SOON)
+        with Handover(path) as third:  # at once
+            assert third.generation == 2
+
+
+def test_nobody_succeeds_who_is_not_ready(path: Path) -> None:
+    with Handover(path), pytest.raises(HandoverBusyError, match="not ready itself"):
+        Handover(path)
+
+
+def test_a_successor_that_gives_up_harms_nothing(path: Path) -> None:
+    with first(path) as (old, sock), answering(sock, b"old"):
+        for _ in range(3):
+            with Handover(path) as new:
+                listen(new)
+                listen(new, "another")
+            assert ask(port_of(sock)) == b"old"
+            wait_until(lambda: old._door is not None and old._door.state is door.DoorState.IDLE)
+        assert not old.retired.is_set()
+        with Handover(path) as new:
+            listen(new)
+            new.ready()
+
+
+def test_a_successor_that_never_gets_ready_is_given_up(path: Path) -> None:
+    with first(path, successor_timeout=0.05) as (old, sock), answering(sock, b"old"), Handover(path) as slow:
+        listen(slow)
+        wait_until(lambda: old._door is not None and old._door.state is door.DoorState.IDLE)
+        with Handover(path) as quick:  # others may succeed
+            assert quick.predecessor == os.getpid()
+        with pytest.raises(HandoverRevokedError, match="given this successor up"):
+            slow.ready()
+        assert ask(port_of(sock)) == b"old"
+        old.close()
+
+
+def test_one_that_was_given_up_learns_it_when_it_asks(path: Path) -> None:
+    with first(path, successor_timeout=0.05) as (old, _), Handover(path) as slow:
+        wait_until(lambda: old._door is not None and old._door.state is door.DoorState.IDLE)
+        with pytest.raises(HandoverRevokedError):
+            slow.state("anything", None)
+
+
+def test_a_predecessor_that_ends_leaves_all_to_the_successor(path: Path, tmp_path: Path) -> None:
+    with Handover(path) as old:
+        sock = listen(old)
+        old.listen_unix("unix", tmp_path / "unix")
+        old.ready()
+        with socket.create_connection(sock.getsockname(), SOON), Handover(path) as new:
+            new_sock = listen(new)
+            new.listen_unix("unix", tmp_path / "unix")
+            old.close()
+            assert (tmp_path / "unix").exists()
+            assert path.exists()
+            assert new.state("anything", "none") == "none"
+            assert new.ready(final=["anything"]) == {}
+            new_sock.accept()[0].close()
+            with Handover(path) as third:
+                assert third.generation == 2
+                assert not old.retired.is_set()
+    assert sorted(tmp_path.iterdir()) == []
+
+
+# after the handover --------------------------------------------------------------------------------------------------
+
+
+def test_connections_move(path: Path) -> None:
+    with first(path) as (old, old_sock):
+        clients = [socket.create_connection(old_sock.getsockname(), SOON) for _ in range(3)]
+        served = [old_sock.accept()[0] for _ in clients]
+        with Handover(path, adopt=True) as new:
+            listen(new)
+            with pytest.raises(HandoverError):
+                new.connections()
+            with pytest.raises(HandoverError, match="no successor"):
+                old.send_connection(served[0])
+            new.ready()
+            assert old.retired.wait(SOON)
+            assert old.successor_adopts
+            connections = new.connections()
+            assert connections.expected
+            assert wait([connections], 0) == []
+            for number, sock in enumerate(served):
+                old.send_connection(sock, {"unread": bytes([number])})
+                assert sock.fileno() == -1
+            assert wait([connections], SOON) == [connections]
+            old.close()
+            for (sock, data), client, number in zip(connections, clients, range(3), strict=True):
+                with sock, client:
+                    assert data == {"unread": bytes([number])}
+                    client.sendall(b"next request")
+                    assert sock.recv(100) == b"next request"
+            with pytest.raises(PeerClosedError):
+                connections.receive(0)
+
+
+def test_connections_stay_where_the_successor_takes_none(path: Path) -> None:
+    with (
+        first(path) as (old, old_sock),
+        socket.create_connection(old_sock.getsockname(), SOON),
+        old_sock.accept()[0] as served,
+    ):
+        with Handover(path) as new:
+            listen(new)
+            new.ready()
+            assert old.retired.wait(SOON)
+            assert not old.successor_adopts
+            with pytest.raises(HandoverError, match="no successor that takes"):
+                old.send_connection(served)
+        assert served.fileno() >= 0
+
+
+def test_connections_stay_where_the_successor_has_gone(path: Path) -> None:
+    with (
+        first(path) as (old, old_sock),
+        socket.create_connection(old_sock.getsockname(), SOON),
+        old_sock.accept()[0] as served,
+    ):
+        with Handover(path, adopt=True) as new:
+            listen(new)
+            new.ready()
+            assert old.retired.wait(SOON)
+            new.connections().close()
+            with pytest.raises(PeerClosedError):
+                old.send_connection(served)
+        assert served.fileno() >= 0
+
+
+def test_the_first_generation_expects_no_connections(path: Path) -> None:
+    with Handover(path, adopt=True) as handover:
+        handover.ready()
+        with handover.connections() as connections:
+            assert not connections.expected
+            assert list(connections) == []
+            with pytest.raises(PeerClosedError):
+                connections.fileno()
+
+
+# misuse --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "é", "x" * 256, "new\nline"])
+def test_bad_names(path: Path, name: str) -> None:
+    with Handover(path) as handover, pytest.raises(ValueError, match="name is 1 to"):
+        handover.listen(name, "127.0.0.1", 0)
+
+
+def test_bad_listeners(path: Path, tmp_path: Path) -> None:
+    with Handover(path) as handover:
+        handover.listen("http", "127.0.0.1", 0)
+        with pytest.raises(ValueError, match="already"):
+            handover.listen("http", "127.0.0.1", 0)
+        with pytest.raises(ValueError, match="port"):
+            handover.listen("a", "127.0.0.1", 70000)
+        with pytest.raises(ValueError, match="SOCK_STREAM"):
+            handover.listen("a", "127.0.0.1", 0, type=socket.SOCK_RAW)
+        with pytest.raises(ValueError, match="permission"):
+            handover.listen_unix("a", tmp_path / "s", mode=0o7777)
+        with pytest.raises(ValueError, match="path"):
+            handover.listen_unix("a", "")
+        with pytest.raises(OSError, match=r"192\.0\.2\.1 port 1234"):
+            handover.listen("a", "192.0.2.1", 1234)
+        handover.ready()
+        with pytest.raises(HandoverError, match="serving already"):
+            handover.listen("late", "127.0.0.1", 0)
+        with pytest.raises(HandoverError, match="serving already"):
+            handover.ready()
+    with pytest.raises(ClosedError):
+        handover.ready()
+    handover.close()
+
+
+def test_an_address_that_somebody_else_has(path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, Handover(path) as handover:
+        port = port_of(other)
+        with pytest.raises(OSError, match=f"port {port}"):
+            handover.listen("http", "127.0.0.1", port)
+
+
+def test_no_descriptor_is_left_behind_by_a_failed_start(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Handover(tmp_path / "no" / "directory")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="taken"):
+        Handover(tmp_path / "file", timeout=0.05)
+
+
+# fork ----------------------------------------------------------------------------------------------------------------
+
+
+def test_fork_leaves_everything_to_the_parent(path: Path) -> None:
+    """A child of either side keeps none of their connections open, and the listening socket is an ordinary one in it."""
+    with first(path) as (old, sock), Handover(path) as new:
+        listen(new)
+        hold, release = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                assert old.closed
+                assert new.closed
+                sock.setblocking(False)
+                os.close(release)
+                os.read(hold, 1)
+            finally:
+                os._exit(0)
+        os.close(hold)
+        new.close()  # while the child lives on
+        wait_until(lambda: old._door is not None and old._door.state is door.DoorState.IDLE)
+        with Handover(path) as third:
+            listen(third)
+            third.ready()
+        os.close(release)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert not path.exists()

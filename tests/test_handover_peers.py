@@ -1,0 +1,208 @@
+"""The handover's protocol against peers that are not what they should be, and the last step of it against bad timing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from handovers import SOON, Bare, answering, ask, first, port_of
+from helpers import wait_until
+
+from fdshare import FdHandle, PeerClosedError, Pipe
+from fdshare.handover import Handover, HandoverSocket, door, protocol
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "control"
+
+
+# peers that are not what they should be ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(path: Path) -> Iterator[tuple[Handover, HandoverSocket]]:
+    with first(path) as (handover, sock), answering(sock, b"old"):
+        yield handover, sock
+        assert ask(port_of(sock)) == b"old"
+        assert not handover.retired.is_set()
+        handover.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [("ready", {}), ("take", 3), "take", 17, None, ("serving", {}), ("take", {"versions": [1]}, 3)],
+)
+def test_who_does_not_ask_is_turned_away(
+    path: Path, served: tuple[Handover, HandoverSocket], message: object
+) -> None:
+    with Bare(path) as bare:
+        bare.channel.send(message)
+        assert bare.ended()
+
+
+def test_bytes_that_are_no_message(path: Path, served: tuple[Handover, HandoverSocket]) -> None:
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\0" * 64, os.urandom(200)):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(os.fspath(path))
+            sock.settimeout(SOON)
+            sock.send(junk)
+            while sock.recv(1 << 16):
+                pass
+
+
+@pytest.mark.parametrize("versions", [[], [99], "1", None])
+def test_another_version_is_refused(
+    path: Path, served: tuple[Handover, HandoverSocket], versions: object
+) -> None:
+    with Bare(path) as bare:
+        bare.say("take", versions=versions, pid=1)
+        assert "versions" in bare.hear("refused")["text"]
+
+
+def test_a_newer_successor_finds_the_common_version(path: Path, served: object) -> None:
+    with Bare(path) as bare:
+        bare.say("take", versions=[1, 2, 3], pid=1, something="new")
+        assert bare.hear("offer")["version"] == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"kept": "http", "final": []},
+        {"kept": [1], "final": []},
+        {"kept": [], "final": [["x"]]},
+        {"kept": ["x"] * 5000, "final": []},
+    ],
+)
+def test_ready_said_in_another_way(path: Path, served: object, fields: dict[str, object]) -> None:
+    with Bare(path) as bare:
+        bare.take()
+        bare.say("ready", **fields)
+        bare.hear("revoked")
+        assert bare.ended()
+
+
+def test_silent_peers_are_dropped_and_delay_nobody(
+    path: Path, served: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "ASK_SECONDS", 0.2)
+    silent = [Bare(path) for _ in range(100)]
+    with Handover(path) as new:
+        assert new.generation == 1
+    for bare in silent:
+        with bare:
+            assert bare.ended()
+
+
+def test_of_a_crowd_the_oldest_go(path: Path, served: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "MAX_PEERS", 3)
+    crowd = [Bare(path) for _ in range(5)]
+    for bare in crowd[:2]:
+        with bare:
+            assert bare.ended()
+    with Handover(path) as new:  # and so another one
+        assert new.generation == 1
+        for bare in crowd[3:]:
+            with bare:
+                bare.say("take", versions=[1])
+                assert "succeeding" in bare.hear("refused")["text"]
+        with crowd[2]:
+            assert crowd[2].ended()
+
+
+# the commit ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_successor_that_stops_at_the_last_step_is_resumed_from(
+    path: Path, served: tuple[Handover, HandoverSocket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "START_SECONDS", 0.05)
+    resumed = threading.Event()
+    served[0].on_stop(lambda: None, resumed.set)
+    with Bare(path) as bare:
+        bare.get_ready()
+        assert resumed.wait(SOON)
+        with pytest.raises(PeerClosedError):  # too late, and it can tell
+            bare.say("serving")
+        assert "resumes" in bare.hear("revoked")["text"]
+
+
+def test_a_successor_that_was_just_faster_serves(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its word is in the queue when the predecessor's patience ends: it counts."""
+    send = protocol.send
+
+    def say_serving_first(channel: object, kind: str, **fields: object) -> None:
+        if kind == "revoked":
+            bare.say("serving")
+        send(channel, kind, **fields)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(door, "START_SECONDS", 0.01)
+    with first(path) as (old, _), Bare(path) as bare:
+        bare.get_ready()
+        monkeypatch.setattr(door.protocol, "send", say_serving_first)
+        monkeypatch.setattr(Bare, "say", lambda self, kind: send(self.channel, kind))
+        assert old.retired.wait(SOON)
+
+
+def test_nothing_comes_in_once_it_is_shut() -> None:
+    for transport in ("seqpacket", "stream"):
+        here, there = Pipe(transport=transport)
+        with here, there:
+            protocol.send(there, "serving")
+            assert protocol.shut(here) == ("serving", {})
+            with pytest.raises(PeerClosedError):
+                protocol.send(there, "serving")
+            assert protocol.shut(here) is None
+
+
+def test_a_successor_that_reads_nothing_cannot_serve_later(
+    path: Path, served: tuple[Handover, HandoverSocket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the revocation fits into its queue: its end must not look like the predecessor's death."""
+    monkeypatch.setattr(door, "OUTLAST_TICK", 0.01)
+    monkeypatch.setattr(door, "TELL_SECONDS", 0.3)
+    old = served[0]
+    old.offer("much", lambda: bytes(100_000))
+    with Bare(path) as bare:
+        bare.take()
+        asked = 0
+        try:
+            while True:
+                protocol.send(bare.channel, "state", name="much", number=0, timeout=1)
+                asked += 1
+        except (TimeoutError, PeerClosedError):
+            pass
+        assert asked > 1
+        wait_until(lambda: old._door is not None and old._door.state is door.DoorState.IDLE, 30)
+        with pytest.raises(PeerClosedError):
+            bare.say("ready")
+        kinds = set()
+        with pytest.raises(TimeoutError):  # and no end
+            while True:
+                kinds.add(protocol.receive(bare.channel, "value", timeout=0.2)[0])
+        assert kinds == {"value"}
+
+
+def test_handles_are_owned_whatever_happens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An offer that makes no sense is closed, not leaked."""
+    with first(path) as (old, _):
+        what_to_offer = old.what_to_offer
+
+        def nonsense() -> dict[str, object]:
+            offer = dict(what_to_offer())
+            offer["listeners"] = {**offer["listeners"], "bad": ("spec", FdHandle.dup(0))}
+            return offer
+
+        monkeypatch.setattr(old, "what_to_offer", nonsense)
+        with pytest.raises(OSError, match="describes a listener"):
+            Handover(path)
+        monkeypatch.undo()
+        wait_until(lambda: old._door is not None and old._door.state is door.DoorState.IDLE)
+        with Handover(path) as new:
+            new.ready()
