@@ -37,8 +37,9 @@ __all__ = [
     "address_of",
     "find",
     "is_sealed",
+    "map_received",
     "map_shared",
-    "received",
+    "mapped_already",
 ]
 
 # The numbers are the same on Linux and FreeBSD; where there are no memory files, fcntl lacks the names.
@@ -125,6 +126,8 @@ class Holder:
                     errno.EBUSY,
                     "something in this process still looks into the memory, a view of its buf or an array: let go of it first",
                 )
+            # Nobody has it, and nobody can take it now.  Forgotten first: its addresses may be others' as soon as it is closed.
+            _forget(self._mapping)
             mmap.mmap.close(self._mapping)
             try:
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEAL_WRITE | SEAL_SEAL)
@@ -304,22 +307,21 @@ def _seals(fd: int) -> int:
         return 0
 
 
-def received(handle: FdHandle) -> Mapping:
-    """Return the mapping of a file that came from another process: the one that is there already, or a new one of all of it.
-
-    A new one has spent ``handle``; otherwise, and where this raises, it is as before.
-
-    Raises:
-        DecodeError: it is not memory that can be mapped safely, or there is no room.
-    """
-    fd = handle.fileno()
-    status = os.fstat(fd)
+def mapped_already(status: os.stat_result) -> Mapping | None:
+    """Return the mapping that this process has of a file, or None."""
     with _sealing:
         entry = _by_file.get((status.st_dev, status.st_ino))
         mapping = None if entry is None else entry()
-        if mapping is not None and not mapping.closed:
-            return mapping
-    seals = _seals(fd)
+        return None if mapping is None or mapping.closed else mapping
+
+
+def map_received(handle: FdHandle, status: os.stat_result) -> Mapping:
+    """Map the whole of a file that came from another process, and spend ``handle``.
+
+    Raises:
+        DecodeError: it is not memory that can be mapped safely, or there is no room; ``handle`` is as before.
+    """
+    seals = _seals(handle.fileno())
     if memory.HAVE_MEMFD and not seals & SEAL_SHRINK:
         raise DecodeError("shared memory arrived that is not sealed against shrinking")
     if not status.st_size:

@@ -121,14 +121,16 @@ def take(index: int, expected_format: int) -> FdHandle:
     return handle
 
 
-def give_back(index: int, handle: FdHandle) -> None:
-    """Leave a descriptor that :func:`take` gave to whoever takes it next; it is closed with the message where nobody does."""
+def peek(index: int) -> int:
+    """Borrow the number of the message's descriptor ``index``, which is left to whoever takes it.
+
+    Raises:
+        DecodeError: outside of decoding, or no such descriptor.
+    """
     message = decoding.message
-    assert message is not None
-    if message.handles[index] is handle:
-        message.given[index] = False
-    else:  # it is a duplicate
-        handle.close()
+    if message is None or not 0 <= index < len(message.numbers):
+        raise DecodeError(f"no descriptor {index} in this message")
+    return message.numbers[index]
 
 
 def built(obj: T) -> T:
@@ -305,6 +307,22 @@ def rebuild_socket(index: int, family: int, type: int, proto: int, timeout: floa
     return sock
 
 
+def reduce_transport_socket(sock: Any, context: Context) -> Reduced:
+    """What asyncio shows of a socket that belongs to its event loop: of a server's a duplicate can be sent."""
+    if context.moving:
+        raise Refused(sock, "it belongs to its event loop: send it without move(), then close the server")
+    if sock.type != socket.SOCK_DGRAM and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise Refused(sock, _IN_A_LOOP)
+    index = context.lend(sock.fileno(), sock)
+    return rebuild_socket, (index, int(sock.family), int(sock.type), sock.proto, 0.0)
+
+
+_IN_A_LOOP = (
+    "it belongs to its event loop: send await fdshare.aio.detach(reader, writer), or detach_transport(transport), "
+    "and open that there"
+)
+
+
 def reduce_connection(connection: Connection, context: Context) -> Reduced:
     if connection.closed:
         raise Refused(connection, "it is closed")
@@ -363,8 +381,11 @@ if hasattr(select, "epoll"):
 known_by_name.update(
     {
         "multiprocessing.connection.Connection": reduce_connection,
+        "asyncio.trsock.TransportSocket": reduce_transport_socket,
+        "uvloop.loop.PseudoSocket": reduce_transport_socket,
     }
 )
+beside_pickle.add(reduce_transport_socket)
 for _name, _reason in {
     "ssl.SSLSocket": "its TLS state lives in this process: send the plain socket before it is wrapped, or proxy it",
     "gzip.GzipFile": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
@@ -377,6 +398,22 @@ for _name, _reason in {
     "codecs.StreamReaderWriter": "it reads ahead out of reach: use open(..., encoding=...), not codecs.open",
     "mmap.mmap": "a mapping is of this process: send the file and map it there",
     "subprocess.Popen": "a process belongs to its parent: send its pipes (stdin, stdout, stderr)",
+    **dict.fromkeys(
+        (
+            "asyncio.streams.StreamReader",
+            "asyncio.streams.StreamWriter",
+            "asyncio.transports.BaseTransport",
+            "uvloop.loop.TCPTransport",
+            "uvloop.loop.UnixTransport",
+            "uvloop.loop.UDPTransport",
+            "uvloop.loop._SSLProtocolTransport",
+        ),
+        _IN_A_LOOP,
+    ),
+    **dict.fromkeys(
+        ("asyncio.events.AbstractServer", "uvloop.loop.Server"),
+        "it belongs to its event loop: send its sockets, and start a server with them there",
+    ),
 }.items():
     known_by_name[_name] = _refusal(_reason)
     _refusals.add(known_by_name[_name])

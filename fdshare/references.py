@@ -19,6 +19,7 @@ would arrive as something that is not shared any more, without a word.  Other pi
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from fdshare import reducers
 from fdshare.errors import DecodeError
 from fdshare.handle import Outside, format_of
-from fdshare.mapping import Mapping, address_of, find, received
+from fdshare.mapping import Mapping, address_of, find, map_received, mapped_already
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,11 +44,8 @@ def reduce_mapping(mapping: Mapping, context: reducers.Context) -> reducers.Redu
 
 
 def rebuild_mapping(index: int, format: int) -> Mapping:
-    handle = reducers.take(index, format)
-    mapping = received(handle)
-    if not handle.closed:  # there was one already
-        reducers.give_back(index, handle)
-    return mapping
+    status = os.fstat(reducers.peek(index))
+    return mapped_already(status) or map_received(reducers.take(index, format), status)
 
 
 # --- buffers --------------------------------------------------------------------------------------------------------------
@@ -112,12 +110,29 @@ def rebuild_array(
     writeable: bool,
     cls: Any = None,
 ) -> NDArray[Any]:
-    if not 0 <= offset <= mapping.extent:  # NumPy itself looks at the end alone
-        raise DecodeError(f"an array at {offset} in shared memory of {mapping.extent}")
+    _check_place(mapping, shape, strides, offset)
     array = make_array(mapping, dtype, shape, strides, offset)
     if not writeable:
         array.flags.writeable = False
     return array if cls is None else array.view(cls)
+
+
+def _check_place(
+    mapping: Mapping, shape: tuple[int, ...], strides: tuple[int, ...] | None, offset: int
+) -> None:
+    """Check that no element begins outside; NumPy does, but not before the memory, and not where the sum of strides overflows."""
+    low = high = offset
+    if strides is not None and 0 not in shape:
+        for size, step in zip(shape, strides, strict=True):
+            reach = (size - 1) * step
+            if reach < 0:
+                low += reach
+            else:
+                high += reach
+    if min(shape, default=0) < 0 or low < 0 or high > mapping.extent:  # and to NumPy -1 is "what is left"
+        raise DecodeError(
+            f"an array of shape {shape} at {offset} reaches beyond shared memory of {mapping.extent}"
+        )
 
 
 def make_array(

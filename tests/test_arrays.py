@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 from helpers import TRANSPORTS, bare_pair, capture, close_pieces
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_shared import Call, Lent, Own, decode, descriptors, mappings, memory_file
 
 import fdshare
@@ -31,6 +33,7 @@ from fdshare import (
     share,
     shared_array,
 )
+from fdshare.allocation import allocate
 from fdshare.references import rebuild_array
 from fdshare.testing import Child, checked_child
 
@@ -727,3 +730,73 @@ def test_failing_message_with_an_array(pair: tuple[Channel, Channel]) -> None:
     with pytest.raises(DecodeError):
         b.recv()
     assert sent(pair, array).tolist() == [0] * 10
+
+
+# properties
+
+DIMENSIONS = st.integers(-2, 6) | st.sampled_from([1 << 31, 1 << 32, 1 << 33, 1 << 62, 1 << 63, -(1 << 62)])
+
+
+@settings(max_examples=400)
+@given(
+    shape=st.lists(DIMENSIONS, max_size=4),
+    strides=st.none() | st.lists(st.integers(-20, 20) | DIMENSIONS, max_size=4),
+    offset=st.integers(-5, 40) | st.sampled_from([1 << 62, 1 << 63, 1 << 64]),
+    dtype=st.sampled_from(["u1", "i2", "f8", "S0", "S3", "V1", "c16"]),
+)
+def test_no_array_of_a_message_reaches_outside(shape: Any, strides: Any, offset: int, dtype: str) -> None:
+    size = 32
+    memory = allocate(size)
+    try:
+        array = rebuild_array(
+            memory, dtype, tuple(shape), None if strides is None else tuple(strides), offset, True
+        )
+    except (DecodeError, ValueError, TypeError, OverflowError, MemoryError):
+        return
+    if array.size and array.itemsize:
+        low, high = np.lib.array_utils.byte_bounds(array)
+        assert memory.start <= low <= high <= memory.start + size
+
+
+@st.composite
+def views(draw: Any) -> Any:
+    """A view of a shared array, by a chain of operations."""
+    array = shared_array(
+        (6, 4, 5), draw(st.sampled_from(["u1", "f8", ">i4", "c8"])), draw(st.sampled_from("CF"))
+    )
+    array.view(np.ndarray).flat[:] = np.arange(120)
+    for _ in range(draw(st.integers(0, 4))):
+        step = draw(st.sampled_from(["slice", "transpose", "index", "new", "flip", "diagonal"]))
+        if step == "slice" and array.ndim:
+            array = array[
+                tuple(
+                    slice(draw(st.integers(0, 3)), draw(st.integers(3, 7)), draw(st.sampled_from([1, 2, 3])))
+                    for _ in range(array.ndim)
+                )
+            ]
+        elif step == "transpose":
+            array = array.T
+        elif step == "index" and array.ndim and array.shape[0]:
+            array = array[0]
+        elif step == "new":
+            array = array[..., None]
+        elif step == "flip" and array.ndim:
+            array = array[::-1]
+        elif step == "diagonal" and array.ndim >= 2:
+            array = np.diagonal(array)
+    return np.asarray(array)
+
+
+@settings(max_examples=150)
+@given(array=views())
+def test_any_view_arrives_as_the_same_view(array: Any) -> None:
+    a, b = fdshare.Pipe()
+    with a, b:
+        a.send(array)
+        received = b.recv()
+    assert (received.shape, received.dtype) == (array.shape, array.dtype)
+    assert received.tolist() == array.tolist()
+    if array.size and array.ndim:
+        assert same_place(received, array)
+        for size, ours, theirs in zip(array.shape, array.strides, received.strides, strict=True):
+            assert size == 1 or ours == theirs
