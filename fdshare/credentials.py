@@ -106,16 +106,38 @@ def peer_pidfd(channel: HasFileno) -> FdHandle | None:
             raise
 
 
+_OVERFLOW_UID = 65534
+"""What Linux shows of every user who has no number in this process's user namespace (fs.overflowuid); elsewhere it is "nobody"."""
+
+
+def is_own_user(uid: int) -> bool:
+    """Whether a uid that the kernel has told is this process's own (effective) user for certain."""
+    return uid == os.geteuid() and (uid != _OVERFLOW_UID or _every_user_has_a_number())
+
+
+def _every_user_has_a_number() -> bool:
+    if sys.platform != "linux":
+        return True
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as lines:
+            return sum(int(line.split()[2]) for line in lines) >= 2**32 - 1
+    except OSError:  # no /proc here
+        return False
+
+
 # --- policies -------------------------------------------------------------------------------------------------------------
 
 
 def same_user(peer: PeerCredentials) -> bool:
     """Admit the processes of this process's own (effective) user; the default of both sides.
 
+    In a user namespace that has no number for some users, the number 65534 stands for all of them, and is admitted from none;
+    ``users(65534)`` does.
+
     Raises:
         nothing.
     """
-    return peer.uid == os.geteuid()
+    return is_own_user(peer.uid)
 
 
 def any_user(peer: PeerCredentials) -> bool:
