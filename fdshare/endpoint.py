@@ -24,34 +24,32 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator
-from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
-from fdshare import hello, reducers, rights, socketfile
-from fdshare.addresses import DEFAULT_BACKLOG, Address, connected_socket, inherited_socket, listening_socket
+from fdshare import reducers, rights, socketfile
+from fdshare.addresses import (
+    DEFAULT_BACKLOG,
+    Address,
+    accepted_sockets,
+    connected_socket,
+    inherited_socket,
+    listening_socket,
+)
 from fdshare.channel import Channel
 from fdshare.codec import Codec
-from fdshare.credentials import PeerCredentials, Policy, name_of, peer_credentials, same_user
+from fdshare.credentials import Policy, objection, same_user
 from fdshare.errors import AccessDeniedError, ClosedError, FdLimitError
-from fdshare.greeting import greet, hello_of, look_for_hello, refuse
-from fdshare.handle import FdHandle, Outside, to_socket, unarmed
+from fdshare.greeting import expect_hello, hello_of, refuse, say_hello
+from fdshare.handle import FdHandle, Outside, to_socket
 from fdshare.transport import Transport
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Listener", "connect", "objection"]
+__all__ = ["Listener", "connect"]
 
-
-def objection(peer: PeerCredentials, allow: Policy) -> str | None:
-    """Hold a peer against a policy; return why it is not admitted, None where it is.  A policy that fails admits nobody."""
-    try:
-        if allow(peer):
-            return None
-        why = "does not admit it"
-    except Exception as error:  # noqa: BLE001 -- a policy may raise anything, and must not end who calls accept
-        why = f"failed with {type(error).__name__}: {error}"
-    return f"uid {peer.uid} (pid {peer.pid}): the policy {name_of(allow)} {why}"
+MAX_LATE = 128
+"""Connections that ``accept`` looks at after its time is up, where those before them were refused."""
 
 
 class Listener:
@@ -112,8 +110,8 @@ class Listener:
         self._allow = allow
         self._codec = codec
         self._hello = hello_of(codec)
-        self._hello_bytes = hello.pack(self._hello)
-        self._kind = sock.type
+        self._stream = sock.type == socket.SOCK_STREAM
+        self._connections = accepted_sockets(sock)
         self._door = Transport(sock)  # for its way of waiting, and of closing under who waits
 
     # --- accepting ---------------------------------------------------------------------------------------------------------
@@ -132,16 +130,16 @@ class Listener:
             FdLimitError: no descriptor left; who has connected stays queued.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
+        late = 0
+        while late < MAX_LATE:
+            self._wait(deadline)
             sock = self._accept_now()
-            if sock is not None:
-                channel = self._admit(sock)
-                if channel is not None:
-                    return channel
-            if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError("nobody connected who is admitted")
-            if sock is None:
-                self._wait(deadline)
+            channel = None if sock is None else self._admit(sock)
+            if channel is not None:
+                return channel
+            if deadline is not None and time.monotonic() >= deadline:
+                late += 1
+        raise TimeoutError("nobody connected who is admitted")
 
     def __iter__(self) -> Iterator[Channel]:
         """Yield a channel for each peer, until the listener is closed."""
@@ -154,14 +152,12 @@ class Listener:
             del channel  # it is the caller's alone
 
     def _accept_now(self) -> socket.socket | None:
-        """Take the next connection; None where there is none."""
-        self._check_open()
-        handle = unarmed()
+        """Take the next connection; None where another thread or process has taken it, or it is gone."""
         try:
-            # Stored by the loop itself, so that no interrupt comes between the call and the owner.
             with self._door._reading:  # close() waits for it, so that the number stays ours
-                for handle._fd, _ in starmap(self._door.sock._accept, ((),)):  # type: ignore[attr-defined]  # of C
+                for sock in self._connections:  # noqa: B007 -- one of them, stored without a gap
                     break
+            return sock
         except (BlockingIOError, ConnectionAbortedError):
             return None
         except OSError as error:
@@ -175,24 +171,16 @@ class Listener:
                 ) from error
             self._check_open()
             raise
-        return to_socket(handle, socket.AF_UNIX, self._kind, 0)
 
     def _admit(self, sock: socket.socket) -> Channel | None:
         """Return a channel for a new connection; None where its peer was refused, or has gone."""
         try:
-            why = objection(peer_credentials(sock), self._allow)
-            if why:
-                _log.info("a connection to %r was refused: %s", self._address, why)
-                refuse(sock, why)
-                return None
-            channel = Channel(sock, codec=self._codec)
-            try:
-                greet(channel, self._hello, self._hello_bytes)
-                look_for_hello(channel)
-            except BaseException:
-                channel.close()
-                raise
-            return channel
+            why = objection(sock, self._allow)
+            if why is None:
+                return expect_hello(sock, self._codec, self._hello, self._stream)
+            _log.info("a connection to %r was refused: %s", self._address, why)
+            refuse(sock, why)
+            return None
         except BaseException:
             sock.close()
             raise
@@ -237,7 +225,7 @@ class Listener:
         Raises:
             nothing.
         """
-        return "stream" if self._kind == socket.SOCK_STREAM else "seqpacket"
+        return "stream" if self._stream else "seqpacket"
 
     def fileno(self) -> int:
         """Borrow the descriptor's number, for selectors and :func:`fdshare.wait`.
@@ -332,11 +320,10 @@ def connect(
         ValueError: a bad address or transport.
     """
     ours = hello_of(codec)
-    data = hello.pack(ours)
     sock = connected_socket(address, timeout=timeout, transport=transport)
     try:
-        why = objection(peer_credentials(sock), allow)
-        if why:
+        why = objection(sock, allow)
+        if why is not None:
             refuse(sock, why)
             raise AccessDeniedError(f"the listener at {os.fsdecode(address)!r} is not trusted here: {why}")
         channel = Channel(sock, codec=codec)
@@ -344,7 +331,7 @@ def connect(
         sock.close()
         raise
     try:
-        greet(channel, ours, data)
+        say_hello(channel, ours)
     except BaseException:
         channel.close()
         raise

@@ -1,12 +1,13 @@
 """A connection that expects the other side's hello before the first message.
 
-A transport asks its ``greeting`` before it takes a packet; the greeting goes away with the hello, so what follows
-costs nothing more::
+A transport asks its ``greeting`` before it takes a packet the slow way, and it goes away with the hello, so what
+follows costs nothing more::
 
-    EXPECTING --hello fits--> gone
+    EXPECTING --a hello that fits--> gone
         |  |
-        |  +--another packet, where someone else may have taken the hello (fork, a channel that travelled)--> gone
-        +--refusal, other version, other codec, no hello--> FAILED: each call raises that error
+        |  +--a message--> gone: silence was the answer to our hello, or another process (a fork, one to which the
+        |                  channel travelled) has taken the hello; not where a hello must come (strict)
+        +--a refusal, another version or codec, no hello--> FAILED: each call raises that error
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fdshare.errors import AccessDeniedError, MessageTooLargeError, ProtocolErro
 from fdshare.hello import Hello
 from fdshare.transport import Transport
 
-__all__ = ["Greeting", "greet", "hello_of", "look_for_hello", "refuse"]
+__all__ = ["Greeting", "expect_hello", "hello_of", "refuse", "say_hello"]
 
 FAREWELL_SECONDS = 0.2
 """How long a failed send waits for another thread that is reading, to say why the peer has closed; that one reads for a tick."""
@@ -47,14 +48,24 @@ class Greeting:
     """What a transport still expects before the first message."""
 
     ours: Hello
-    plain: bool
-    """What the transport's ``plain`` will be: until then, nothing may be taken in passing."""
-    shared: bool = False
-    """Whether another process may have taken the hello."""
+    strict: bool
+    """Whether a hello must come; else a message may come in its place."""
     begun: bytes = b""
-    """The part of it that has come; on a stream."""
+    """The part of it that has come."""
     failure: OSError | None = None
+    _plain: bool = False
     _forks: int = attrs.field(factory=lambda: _forks)
+
+    def stand_before(self, transport: Transport) -> None:
+        """Let the transport ask this greeting first."""
+        if self.strict:  # nothing may be taken in passing
+            self._plain, transport.plain = transport.plain, False
+        transport.greeting = self
+
+    def share(self, transport: Transport) -> None:
+        """Know that another process may take the hello."""
+        if self.strict:
+            self.strict, transport.plain = False, self._plain
 
     def take(self, transport: Transport) -> bool:
         """Take the hello if it has come; False where it has not.
@@ -65,36 +76,45 @@ class Greeting:
         """
         if self.failure is not None:
             raise type(self.failure)(*self.failure.args)
+        if self._forks != _forks:
+            self.share(transport)
+        if not self.strict and not transport.plain and transport.bare:
+            transport.greeting = None  # a packet was announced in the meantime
+            return True
         stream = transport.name == "stream"
-        while True:
+        while not self.begun or (stream and hellos.missing(self.begun)):
             arrived = transport._fetch(hellos.missing(self.begun) if stream else wire.PACKET_SIZE)
             if arrived is None:
                 return False
             data = self.begun + arrived[0]
-            if not arrived[0] or (not hellos.is_hello(data) and (self.shared or self._forks != _forks)):
-                # The end, or a message: that is for the transport to look at.
-                transport.greeting, transport.plain = None, self.plain
+            if not arrived[0] or not (self.strict or hellos.is_hello(data)):
+                self._end(
+                    transport
+                )  # what has arrived, the end or a message, is for the transport to look at
                 return True
-            try:
-                if arrived[1]:
-                    raise ProtocolError("descriptors come with the peer's hello")
-                if stream and hellos.is_hello(data) and hellos.missing(data):
-                    self.begun, transport.arrived = data, None
-                    continue
-                theirs = hellos.unpack(data, self.ours)
-            except (ProtocolError, AccessDeniedError) as error:
+            if arrived[1]:
                 arrived.close()
-                self.failure = error
-                raise
-            takes = _Takes(theirs) if _takes_less(theirs) else None
-            # No interrupt can come between these.
-            transport.greeting, transport.takes, transport.plain, transport.arrived = (
-                None,
-                takes,
-                self.plain,
-                None,
-            )
-            return True
+                raise self._failed(ProtocolError("descriptors come with the peer's hello"))
+            self.begun, transport.arrived = data, None
+            if not hellos.is_hello(data):
+                break
+        try:
+            theirs = hellos.unpack(self.begun, self.ours)
+        except (ProtocolError, AccessDeniedError) as error:
+            raise self._failed(error) from None
+        if _takes_less(theirs):
+            transport.takes = _Takes(theirs)
+        self._end(transport)
+        return True
+
+    def _failed(self, error: OSError) -> OSError:
+        self.failure = error
+        return error
+
+    def _end(self, transport: Transport) -> None:
+        if self.strict:
+            transport.plain = self._plain
+        transport.greeting = None
 
     def farewell(self, transport: Transport) -> OSError | None:
         """Return why the peer has closed, if it said so."""
@@ -112,12 +132,35 @@ class Greeting:
         return None
 
     def leave(self, transport: Transport) -> None:
-        """Before the transport closes: what is left unread would reset the connection before the peer reads what was sent."""
-        if transport.arrived is None:
+        """Before the transport closes: a hello left unread would reset the connection before the peer reads what was sent."""
+        if self.strict and transport.arrived is None:
             try:
                 transport.sock.recv(hellos.MAX_HELLO, rights.NOW)
             except OSError:
                 pass
+
+
+@attrs.frozen(eq=False)
+class Answer:
+    """What is expected where nothing has come yet and perhaps nothing will: one for any number of connections."""
+
+    ours: Hello
+
+    def begin(self, transport: Transport) -> Greeting:
+        """Begin to expect it on one of them."""
+        transport.greeting = greeting = Greeting(self.ours, False)
+        return greeting
+
+    def take(self, transport: Transport) -> bool:
+        """As :meth:`Greeting.take`."""
+        return self.begin(transport).take(transport)
+
+    def farewell(self, transport: Transport) -> OSError | None:
+        """As :meth:`Greeting.farewell`."""
+        return self.begin(transport).farewell(transport)
+
+    def leave(self, transport: Transport) -> None:
+        """There is nothing to do."""
 
 
 def _takes_less(theirs: Hello) -> bool:
@@ -179,37 +222,65 @@ def hello_of(codec: Codec | None) -> Hello:
 
 
 _PICKLE = Hello("pickle")
+_PICKLE_ANSWER = Answer(_PICKLE)
 
 
-def _expect(channel: Channel, greeting: Greeting) -> None:
-    transport = channel._transport
-    transport.greeting, transport.plain = greeting, False
-
-
-def greet(channel: Channel, ours: Hello, data: bytes) -> None:
-    """Say hello on a new connection, without waiting, and let the channel expect the other side's.
-
-    Args:
-        data: ``hello.pack(ours)``, which the caller keeps for many connections.
+def say_hello(channel: Channel, ours: Hello) -> None:
+    """Say hello on a connection just made, and let the channel expect an answer, or none.
 
     Raises:
         OSError: not even a few bytes can be sent.  A peer that has gone is no error: it may have sent something before.
     """
-    _expect(channel, Greeting(ours, channel._transport.plain))
+    channel._transport.greeting = _PICKLE_ANSWER if ours is _PICKLE else Answer(ours)
+    _say(channel, ours.data)
+
+
+def expect_hello(sock: socket.socket, codec: Codec | None, ours: Hello, stream: bool) -> Channel:
+    """Return a channel on a connection just accepted, and answer the other side's hello where it has come and is another.
+
+    What is wrong with it, a receive will tell.
+
+    Args:
+        stream: whether the socket is one.
+
+    Raises:
+        OSError: not even a few bytes can be sent.
+    """
+    # Of a stream no byte more than the hello may be taken; of a packet, one more shows that it is longer.
+    size = len(ours.data) if stream else hellos.MAX_HELLO + 1
+    try:
+        begun = sock.recv(size, rights.NOW)
+    except BlockingIOError:
+        os.sched_yield()  # it has connected just now, on this CPU perhaps, and is about to say hello
+        begun = _recv(sock, size)
+    except OSError:
+        begun = b""
+    channel = Channel(sock, codec=codec)
+    if begun != ours.data:
+        transport = channel._transport
+        greeting = Greeting(ours, True, begun)
+        greeting.stand_before(transport)
+        _say(channel, ours.data)
+        if begun:
+            try:
+                greeting.take(transport)
+            except OSError:
+                pass
+    return channel
+
+
+def _recv(sock: socket.socket, size: int) -> bytes:
+    try:
+        return sock.recv(size, rights.NOW)
+    except OSError:  # nothing there, or gone
+        return b""
+
+
+def _say(channel: Channel, data: bytes) -> None:
     try:
         channel._transport.sock.send(data, rights.SEND_NOW)
     except (BrokenPipeError, ConnectionResetError):
         pass
-
-
-def look_for_hello(channel: Channel) -> None:
-    """Take the other side's hello if it has come; whatever is wrong with it, a receive will tell."""
-    transport = channel._transport
-    if transport.greeting is not None:
-        try:
-            transport.greeting.take(transport)
-        except OSError:
-            pass
 
 
 def refuse(sock: socket.socket, reason: str) -> None:
@@ -229,16 +300,19 @@ def refuse(sock: socket.socket, reason: str) -> None:
 
 def reduce_greeted(channel: Channel, context: reducers.Context) -> reducers.Reduced:
     reduced = reduce_channel(channel, context)
-    greeting = channel._transport.greeting
+    transport = channel._transport
+    greeting = transport.greeting
+    if isinstance(greeting, Answer):
+        greeting = greeting.begin(transport)
     if not isinstance(greeting, Greeting):
         return reduced
-    greeting.shared = True
+    greeting.share(transport)
     return rebuild_greeted, (greeting.ours, greeting.begun, greeting.failure, *reduced[1])
 
 
 def rebuild_greeted(ours: Hello, begun: bytes, failure: OSError | None, *arguments: Any) -> Channel:
     channel = rebuild_channel(*arguments)
-    _expect(channel, Greeting(ours, channel._transport.plain, True, begun, failure))
+    Greeting(ours, False, begun, failure).stand_before(channel._transport)
     return channel
 
 

@@ -1,7 +1,9 @@
 """The hello: the first bytes each way on a named connection, as bytes in and bytes out; no I/O.
 
-Both ends send theirs at once, and check the other's before the first message that they take.  The layout is the same in
-every version of the protocol; numbers are little-endian::
+Who connects sends it at once.  Who accepted sends its own, before anything else, unless it has seen the other's and that is the
+same, byte for byte: then silence says so.  Each end checks the other's before the first message that it takes.
+
+The layout is the same in every version of the protocol; numbers are little-endian::
 
     offset size field
          0    8 magic          "fdshare" and a zero byte
@@ -28,7 +30,7 @@ import attrs
 from fdshare import wire
 from fdshare.errors import AccessDeniedError, ProtocolError
 
-__all__ = ["MAX_HELLO", "Greeting", "Hello", "Takes", "is_hello", "missing", "pack", "pack_refusal", "unpack"]
+__all__ = ["MAX_HELLO", "Greeting", "Hello", "Takes", "is_hello", "missing", "pack_refusal", "unpack"]
 
 MAGIC = b"fdshare\0"
 """Begins like no packet: the types of those are below 4, and a bare pickle begins with 0x80."""
@@ -73,7 +75,11 @@ class Takes(Protocol):
 
 @attrs.frozen
 class Hello:
-    """What one end says of itself."""
+    """What one end says of itself; ``data`` is what it sends.
+
+    Raises:
+        ValueError: the codec's name is longer than 255 bytes.
+    """
 
     codec: str
     descriptors: int = wire.MAX_DESCRIPTORS
@@ -81,14 +87,12 @@ class Hello:
     size: int = wire.MAX_SEGMENT
     lowest: int = LOWEST
     highest: int = HIGHEST
+    data: bytes = attrs.field(
+        init=False, eq=False, repr=False, default=attrs.Factory(lambda hello: _pack(hello), takes_self=True)
+    )
 
 
-def pack(hello: Hello) -> bytes:
-    """Return the hello as bytes.
-
-    Raises:
-        ValueError: the codec's name is longer than 255 bytes.
-    """
+def _pack(hello: Hello) -> bytes:
     text = hello.codec.encode()
     if len(text) > MAX_TEXT:
         raise ValueError(f"a codec's name of {len(text)} bytes; MAX_TEXT is {MAX_TEXT}")

@@ -235,7 +235,7 @@ def trim(now: float) -> None:
 
 def leave(user: object) -> None:
     """Tell that ``user`` will send no more; without users nothing is kept."""
-    if user in _users:
+    if _users and user in _users:
         with _lock:
             _users.discard(user)
             if not _users:

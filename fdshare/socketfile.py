@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 from fdshare.handle import own
 
-__all__ = ["Identity", "identity", "listen_at", "remove", "short_for_bind", "short_for_connect"]
+__all__ = ["Identity", "fits", "identity", "listen_at", "remove", "short_for_bind", "short_for_connect"]
 
 MAX_PATH = 100
 """Bytes of a socket's path that fit everywhere (104 on BSD, 108 on Linux, with a terminator)."""
@@ -44,8 +44,9 @@ HAVE_PROC = sys.platform == "linux"
 _NAME_ROOM = MAX_PATH - len("/proc/self/fd/2147483647/")
 
 
-def _fits(path: str) -> bool:
-    return len(os.fsencode(path)) <= MAX_PATH
+def fits(path: str) -> bool:
+    """Whether bind and connect take a path as it is."""
+    return len(path if path.isascii() else os.fsencode(path)) <= MAX_PATH
 
 
 @contextlib.contextmanager
@@ -68,13 +69,13 @@ def _linked(target: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def short_for_bind(path: str) -> Iterator[str]:
-    """Give a way to a new name that is short enough for bind; the name itself must be (``fits_bind``).
+    """Give a way to a new name that is short enough for bind; the name itself must be .
 
     Raises:
         OSError: the directory is not there, or cannot be entered.
     """
     directory, name = os.path.split(path)
-    if _fits(path):
+    if fits(path):
         yield path
     elif HAVE_PROC and os.path.isdir("/proc/self/fd"):
         with own(os.open, directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) as handle:
@@ -91,7 +92,7 @@ def short_for_connect(path: str) -> Iterator[str]:
     Raises:
         OSError: it is not there, or cannot be reached.
     """
-    if _fits(path):
+    if fits(path):
         yield path
     elif HAVE_PROC and os.path.isdir("/proc/self/fd"):
         with own(os.open, path, os.O_PATH | os.O_CLOEXEC) as handle:
