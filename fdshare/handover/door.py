@@ -215,6 +215,8 @@ class Door:
             return "gone", f"process {me} has just been succeeded"
         if not self._serving:
             return "busy", f"process {me} is not ready itself"
+        if self._successor is not None and _has_ended(self._successor):
+            return "gone", f"process {self._successor_pid} has just failed to succeed process {me}"
         if self._successor is not None:
             return "busy", f"process {self._successor_pid} is succeeding process {me} already"
         self._successor, self._successor_pid = channel, channel.peer.pid
@@ -354,7 +356,12 @@ class Door:
         successor = self._successor
         if self.state is not DoorState.GONE or successor is None:
             raise PeerClosedError("there is no successor that serves")
-        protocol.send(successor, "connection", obj=obj, data=data, timeout=timeout)
+        try:
+            protocol.send(successor, "connection", obj=obj, data=data, timeout=timeout)
+        except ClosedError as error:
+            if self._closed:
+                raise
+            raise PeerClosedError("the successor has ended, or takes nothing more") from error
 
     def close(self) -> bool:
         """Answer no more; return whether the sockets are left to a successor, which serves or is about to.  Twice is harmless."""
