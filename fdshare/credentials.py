@@ -109,7 +109,7 @@ def peer_pidfd(channel: HasFileno) -> FdHandle | None:
 
 
 _OVERFLOW_UID = 65534
-"""What Linux shows of every user who has no number in this process's user namespace (fs.overflowuid); elsewhere it is "nobody"."""
+"""What Linux shows of every user who has no number in this process's user namespace (fs.overflowuid); else it is "nobody"."""
 
 
 def is_own_user(uid: int) -> bool:
