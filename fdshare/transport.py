@@ -129,29 +129,35 @@ def _poll(poll: select.poll, deadline: float | None) -> int:
     return ready[0][1] if ready else 0
 
 
+_WITH_CONTROL = repeat((wire.PACKET_SIZE, rights.CONTROL_SIZE, rights.CLOEXEC))
+"""The arguments of every blocking read, for any number of them."""
+
+
 class Transport:
     """One end of a connection that moves packets; SEQPACKET or STREAM in the subclasses."""
 
     name: str
     greeting: Greeting | None = None
     takes: Takes | None = None
-    # Most connections need none of these two, which take as long to make as all the rest.
+    limits: Limits | None = None
+    closed = False
+    arrived: Any = None  # a result of recvmsg that nobody has taken yet
+    bare = False  # whether packets without a header are spoken here
+    plain = False  # whether the next packet may be taken without looking for room first
+    _control = rights.CONTROL_SIZE
+    _sent = 0  # bytes of the present frame that the kernel has; for streams
+
+    # A connection of a few messages needs none of these, which take longer to make than all the rest.
     in_flight = OnFirstUse(lambda transport: InFlight(transport, transport._max_inflight))
     arrivals_now = OnFirstUse(lambda transport: transport._arrivals(rights.NOW))
+    _reading = OnFirstUse(lambda transport: threading.RLock())
+    _writing = OnFirstUse(lambda transport: threading.RLock())
 
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         self.sock = sock
-        self.closed = False
-        self.limits: Limits | None = None
-        self.arrived: Any = None  # a result of recvmsg that nobody has taken yet
-        self._read_with(rights.CONTROL_SIZE)
-        self._sent = 0  # bytes of the present frame that the kernel has; for streams
-        self.bare = False  # whether packets without a header are spoken here
-        self.plain = False  # whether the next packet may be taken without looking for room first
+        self.arrivals: Iterator[Any] = starmap(sock.recvmsg, _WITH_CONTROL)
         self._max_inflight = max_inflight
         self._fork_count = _fork_count
-        self._reading = threading.RLock()
-        self._writing = threading.RLock()
         self._wakers: set[_Waker] = set()
 
     def _read_with(self, control: int) -> None:
@@ -198,7 +204,8 @@ class Transport:
         if self.closed:
             raise ClosedError("this channel was closed")
         if self._fork_count != _fork_count:
-            self._reading, self._writing = threading.RLock(), threading.RLock()
+            for name in ("_reading", "_writing"):
+                self.__dict__.pop(name, None)
             self.__dict__["in_flight"] = InFlight(self, self.in_flight.limit)
             self._wakers = set()
             self._fork_count = _fork_count
@@ -264,6 +271,9 @@ class Transport:
             return
         self.check_open()
         self.closed = True
+        if not other_threads():  # then nobody is in the middle of anything
+            self._close()
+            return
         for waker in tuple(self._wakers):
             waker.wake()
         with self._reading, self._writing:

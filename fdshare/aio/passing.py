@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, TypeVar
 
 from fdshare import recycle
@@ -62,7 +61,8 @@ def _renewed(old: Transport) -> Transport:
         state.pop("wait", None)
         new.sock = to_socket(own(old.sock.detach))
         new.closed = False
-        new._reading, new._writing = threading.RLock(), threading.RLock()
+        state.pop("_reading", None)
+        state.pop("_writing", None)
         new._wakers = set()
         new._read_with(new._control)
         if "in_flight" in state:
