@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Generic, Literal, Optional, TypeVar, Union
 import attrs
 import msgspec
 import pytest
-from helpers import LARGE, TRANSPORTS
+from helpers import LARGE, METHODS, TRANSPORTS
 from hypothesis import given
 from hypothesis import strategies as st
 from typed_messages import (
@@ -34,10 +35,13 @@ from fdshare import (
     Channel,
     DecodeError,
     FdHandle,
+    Listener,
     MessageTooLargeError,
     NotSendableError,
     Pipe,
+    ProtocolError,
     TypedCodec,
+    connect,
     move,
 )
 from fdshare.codec import Incoming, Outgoing, PickleCodec
@@ -575,6 +579,35 @@ def test_codec_is_pickled_with_a_channel() -> None:
                 assert isinstance(arrived, Channel)
                 arrived.send(Point(1, 2.0))
                 assert other.recv(timeout=10) == Point(1, 2.0)
+
+
+def _answer(channel: Channel) -> None:
+    with channel:
+        message = channel.recv(timeout=20)
+        channel.send(attrs.evolve(message, x=message.x + 1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_process(method: str) -> None:
+    """Its codec goes with the channel, into a process that is being started."""
+    here, there = Pipe(codec=VALUES)
+    with here:
+        with there:
+            process = multiprocessing.get_context(method).Process(target=_answer, args=(there,))
+            process.start()
+        here.send(Point(1, 2.0))
+        assert here.recv(timeout=30) == Point(2, 2.0)
+        process.join(30)
+
+
+@pytest.mark.parametrize("other", [TypedCodec(Tree), TypedCodec(Point, Tree), None])
+def test_other_classes_are_refused_by_the_hello(tmp_path: Path, other: TypedCodec | None) -> None:
+    path = str(tmp_path / "s")
+    with Listener(path, codec=TypedCodec(Point)) as listener, connect(path, codec=other) as here:  # noqa: SIM117 -- a line's length
+        with listener.accept(10) as there:
+            for channel in (here, there):
+                with pytest.raises(ProtocolError, match="codec"):
+                    channel.recv(timeout=10)
 
 
 def test_importing_and_naming_it_needs_no_msgspec() -> None:

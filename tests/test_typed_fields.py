@@ -1,7 +1,9 @@
 """Descriptors as fields of typed messages: what arrives, what is refused on which side, what moves and what is closed."""
 
+import contextlib
 import io
 import os
+import resource
 import socket
 import stat
 import tempfile
@@ -20,6 +22,7 @@ from fdshare import (
     DecodeError,
     Descriptor,
     FdHandle,
+    FdLimitError,
     MessageTooLargeError,
     NotSendableError,
     PeerClosedError,
@@ -261,6 +264,63 @@ def test_directory_arrives_where_declared(pair: Pair, tmp_path: Path) -> None:
             assert read_number(other) == 3
         with pytest.raises(NotSendableError, match="not directory"):
             pair[0].send(Declared(directory=handle))
+
+
+@attrs.define
+class Mixed:
+    """Descriptors in containers and unions."""
+
+    either: BinaryIO | TextIO | FdHandle | str
+    named: dict[str, FdHandle] = attrs.field(factory=dict)
+    pair: tuple[FdHandle, int] | None = None
+
+
+def test_descriptors_in_containers_and_unions(path: Path) -> None:
+    here, there = Pipe(codec=TypedCodec(Mixed))
+    with (
+        here,
+        there,
+        path.open("rb") as binary,
+        path.open(encoding="utf-8") as text,
+        numbered_handle(1) as handle,
+    ):
+        for value, cls in ((binary, io.BufferedReader), (text, io.TextIOWrapper), (handle, FdHandle)):
+            with carry((here, there), Mixed(value)).either as arrived:
+                assert type(arrived) is cls
+        assert carry((here, there), Mixed("text")).either == "text"
+        arrived = carry((here, there), Mixed("", {"a": handle, "b": handle}, (handle, 3)))
+        assert arrived.named["a"] is arrived.named["b"] is arrived.pair[0]
+        arrived.pair[0].close()
+        with pytest.raises(NotSendableError) as info:
+            here.send(Mixed("", {"a": binary}))  # type: ignore[dict-item]  # the point
+        assert info.value.path == "message.named['a']"
+
+
+def test_no_room_keeps_the_message_queued(pair: Pair) -> None:
+    """As on any channel, where its descriptors are allowed."""
+    here, there = pair
+    with ExitStack() as stack:
+        handles = [stack.enter_context(numbered_handle(i)) for i in range(8)]
+        here.send(Handles(many=handles))
+        highest = max(map(int, os.listdir("/dev/fd")))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, hard))
+        try:
+            filler = []
+            with contextlib.suppress(OSError):
+                while True:
+                    filler.append(FdHandle.dup(0))
+            for handle in filler[:2]:
+                handle.close()
+            for _ in range(2):
+                with pytest.raises(FdLimitError):
+                    there.recv(timeout=10)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for handle in filler:
+                handle.close()
+        arrived = [stack.enter_context(handle) for handle in there.recv(timeout=10).many]
+        assert [read_number(handle) for handle in arrived] == list(range(8))
 
 
 # --- identity, moves, closing --------------------------------------------------------------------------------------------
