@@ -5,6 +5,18 @@ from __future__ import annotations
 from fdshare.aio.channel import AsyncChannel, Pipe
 from fdshare.aio.endpoint import Listener, connect
 from fdshare.aio.serving import Server, serve
+from fdshare.aio.streams import MovedStream, detach, detach_transport
 from fdshare.aio.waiting import Waits
 
-__all__ = ["AsyncChannel", "Listener", "Pipe", "Server", "Waits", "connect", "serve"]
+__all__ = [
+    "AsyncChannel",
+    "Listener",
+    "MovedStream",
+    "Pipe",
+    "Server",
+    "Waits",
+    "connect",
+    "detach",
+    "detach_transport",
+    "serve",
+]
