@@ -315,14 +315,14 @@ class AnyioListener(_Listener):
     async def serve(
         self, handler: Callable[[AnyioChannel], Any], task_group: TaskGroup | None = None
     ) -> None:
-        """Call ``handler`` in a task for each peer, until the listener is closed.
+        """Call ``handler`` in a task for each peer; return when the listener is closed.
 
         Args:
             handler: takes an AnyioChannel, and closes it; what it raises is the task group's.
-            task_group: where its tasks run; None for one of its own.
+            task_group: where its tasks run; None for one of its own, whose tasks are waited for.
 
         Raises:
-            anyio.ClosedResourceError: the listener is closed.
+            OSError: accepting has failed for good.
         """
         from anyio import create_task_group, sleep
 
@@ -332,6 +332,8 @@ class AnyioListener(_Listener):
             while True:
                 try:
                     channel = await self.accept()
+                except ClosedError:
+                    return
                 except OSError as error:
                     if error.errno not in _EXHAUSTED:
                         raise

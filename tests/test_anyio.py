@@ -430,18 +430,16 @@ def test_connect_and_serve(run: Run, tmp_path: Path) -> None:
                 await channel.send(number)
                 assert await channel.recv() == -number
 
-        async def serve() -> None:
-            with pytest.raises(anyio.ClosedResourceError):
-                await listener.serve(handler)
-
         async with anyio.create_task_group() as group:
-            group.start_soon(serve)
+            group.start_soon(listener.serve, handler)
             async with anyio.create_task_group() as clients:
                 for number in range(1, 20):
                     clients.start_soon(talk, number)
             await listener.aclose()
         with pytest.raises(FileNotFoundError):
             await connect(path)
+        with pytest.raises(anyio.ClosedResourceError):
+            await listener.accept()
 
     run(main)
 
