@@ -104,7 +104,10 @@ class Incoming:
 
 
 class Codec(Protocol):
-    """What a channel needs to know of an encoding."""
+    """What a channel needs to know of an encoding.
+
+    A codec with an attribute ``limits`` (see limits.py) is for peers that are not trusted: its channels hold what arrives to them.
+    """
 
     name: str
     """What both ends must agree on, up to 64 printable ASCII characters; told in the hello of a named connection."""
