@@ -201,7 +201,7 @@ class SeqpacketTransport(_Greeted):
                 if mark == _NOTICE_MARK:
                     self._take_notice(data)
                     continue
-                if mark == _PICKLE_MARK and self.limits is None:
+                if mark == _PICKLE_MARK and self.bare:
                     self.arrived = None
                     if peeked is not None:
                         peeked.close()

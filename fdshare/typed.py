@@ -39,6 +39,9 @@ DEFAULT_MAX_ITEMS = 1 << 17
 DEFAULT_MAX_DEPTH = 64
 """Levels of nesting in one message, unless told otherwise: each takes two Python calls, of which there may be a thousand."""
 
+MAX_REASON = 500
+"""Characters of an error about a message that arrived: it may quote what the peer has sent."""
+
 _LARGEST_DEPTH = 250
 """Most that ``max_depth`` may be, for the same reason."""
 
@@ -172,7 +175,13 @@ class TypedCodec:
             failed = False
             return obj
         except Exception as error:
-            raise undecodable(error) from error
+            refusal = undecodable(error)
+            text = str(refusal)
+            if len(text) <= MAX_REASON and text.isprintable():
+                raise refusal from error
+            # What the peer has sent must not fill a log, nor speak to a terminal; not by a chained traceback either.
+            text = "".join(c if c.isprintable() else "?" for c in text[:MAX_REASON])
+            raise DecodeError(f"{text}\N{HORIZONTAL ELLIPSIS}") from None
         finally:
             if handles:
                 receiving.close(failed)

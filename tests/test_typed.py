@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -446,6 +447,17 @@ def test_keys_that_collide_take_no_quadratic_time() -> None:
     clashing = [i << 40 for i in range(MAX_HASHED)]
     decoded = VALUES.decode(Incoming(packed(fixed=clashing)))
     assert len(decoded.fixed) == MAX_HASHED
+
+
+@pytest.mark.parametrize("name", ["Z" * 100_000, "\x1b[31m\n", "Point\n" * 1000])
+def test_error_is_short_and_printable_whatever_was_sent(name: str) -> None:
+    with pytest.raises(DecodeError) as info:
+        VALUES.decode(Incoming(msgspec.msgpack.encode([name, 1])))
+    shown = "".join(traceback.format_exception(info.value))
+    assert len(str(info.value)) < 600
+    assert str(info.value).isprintable()
+    assert "\x1b" not in shown
+    assert name not in shown
 
 
 def test_a_pickle_is_never_unpickled() -> None:
