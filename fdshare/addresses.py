@@ -45,8 +45,13 @@ MAX_LISTEN_FDS = 65536
 """Most descriptors that LISTEN_FDS may speak of: more than any service has, fewer than would keep us busy."""
 
 # Plain ints: the socket module's enums take longer than a system call.
-_TYPES = {"seqpacket": int(getattr(socket, "SOCK_SEQPACKET", -1)), "stream": int(socket.SOCK_STREAM)}
 _AF_UNIX = int(socket.AF_UNIX)
+_SEQPACKET, _STREAM = int(getattr(socket, "SOCK_SEQPACKET", -1)), int(socket.SOCK_STREAM)
+_TYPES = {
+    "seqpacket": _SEQPACKET,
+    "stream": _STREAM,
+    None: _SEQPACKET if sys.platform.startswith(("linux", "freebsd")) else _STREAM,
+}
 _NONBLOCK = int(getattr(socket, "SOCK_NONBLOCK", 0))
 
 
@@ -66,16 +71,17 @@ def _text(address: Address) -> str:
         ValueError: empty, a zero byte inside, an abstract name that is too long or has no place on this system.
     """
     text = address if type(address) is str else os.fsdecode(address)
+    if text and "\0" not in text:
+        return text
     if text[:1] == "\0":
         if sys.platform != "linux":
             raise ValueError("abstract names exist on Linux only: use a path")
         if not 0 < len(os.fsencode(text)) - 1 <= MAX_ABSTRACT:
             raise ValueError(f"an abstract name has 1 to {MAX_ABSTRACT} bytes")
-    elif not text:
-        raise ValueError("an address is the path of a socket; it is empty")
-    elif "\0" in text:
-        raise ValueError("a zero byte inside a path (abstract names begin with one)")
-    return text
+        return text
+    raise ValueError(
+        "an address is the path of a socket: not empty, and no zero byte inside (abstract names begin with one)"
+    )
 
 
 def _new_socket(transport: str | None) -> socket.socket:
@@ -85,26 +91,10 @@ def _new_socket(transport: str | None) -> socket.socket:
         ValueError: an unknown name.
         OSError: the system has no such sockets, or no descriptor is left.
     """
-    if transport not in (None, "seqpacket", "stream"):
-        raise ValueError(f"transport is 'seqpacket', 'stream' or None, not {transport!r}")
-    kind = _TYPES[transport or "seqpacket"]
-    if kind >= 0:
-        try:
-            return _nonblocking(kind)
-        except OSError as error:
-            if transport or error.errno not in (
-                errno.EPROTONOSUPPORT,
-                errno.ESOCKTNOSUPPORT,
-                errno.EPROTOTYPE,
-            ):
-                raise
-    elif transport:
-        raise OSError(errno.EPROTONOSUPPORT, "this system has no SEQPACKET sockets")
-    return _nonblocking(_TYPES["stream"])
-
-
-def _nonblocking(kind: int) -> socket.socket:
-    sock: socket.socket = _Made(_AF_UNIX, kind | _NONBLOCK)
+    try:
+        sock: socket.socket = _Made(_AF_UNIX, _TYPES[transport] | _NONBLOCK)
+    except KeyError:
+        raise ValueError(f"transport is 'seqpacket', 'stream' or None, not {transport!r}") from None
     if not _NONBLOCK:
         sock.setblocking(False)
     return sock
@@ -166,16 +156,10 @@ def connected_socket(
     text = _text(address)
     sock = _new_socket(transport)
     try:
-        if text[0] == "\0":
-            _connect(sock, os.fsencode(text), timeout)
-        elif socketfile.fits(text):
-            _connect(sock, text, timeout)
-        else:
-            with socketfile.short_for_connect(text) as short:
-                _connect(sock, short, timeout)
-    except OSError as error:
-        sock.close()
-        raise _explained(error, text, sock) from error
+        try:
+            sock.connect(text)
+        except OSError as error:
+            _connect_slowly(sock, text, error, timeout)
     except BaseException:
         sock.close()
         raise
@@ -183,15 +167,35 @@ def connected_socket(
     return sock
 
 
-def _connect(sock: socket.socket, address: str | bytes, timeout: float | None) -> None:
+def _connect_slowly(sock: socket.socket, text: str, error: OSError, timeout: float | None) -> None:
+    """Go on where a simple connect has failed with ``error``: wait for room in the backlog, or take a way to a long path.
+
+    Raises:
+        OSError: says what to do.
+    """
     try:
-        sock.connect(address)
-        return
-    except (
-        BlockingIOError
-    ) as error:  # the backlog is full: there is nothing to poll for, so the kernel must wait
-        if timeout is not None and timeout <= 0:
-            raise TimeoutError(errno.ETIMEDOUT, "the listener's backlog is full") from error
+        if isinstance(error, BlockingIOError):
+            _connect_later(sock, text, timeout)
+        elif error.errno is None and not socketfile.fits(text):
+            with socketfile.short_for_connect(text) as short:
+                try:
+                    sock.connect(short)
+                except BlockingIOError:
+                    _connect_later(sock, short, timeout)
+        else:
+            raise error
+    except OSError as final:
+        raise _explained(final, text, sock) from final
+
+
+def _connect_later(sock: socket.socket, address: str, timeout: float | None) -> None:
+    """Connect once the backlog has room: there is nothing to poll for, so the kernel must wait.
+
+    Raises:
+        TimeoutError: it had none in time.
+    """
+    if timeout is not None and timeout <= 0:
+        raise TimeoutError(errno.ETIMEDOUT, "the listener's backlog is full")
     deadline = None if timeout is None else time.monotonic() + timeout
     # A socket that Python believes not to block: where it waits itself, it takes EINTR for a success.
     os.set_blocking(sock.fileno(), True)

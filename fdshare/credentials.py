@@ -54,7 +54,8 @@ class PeerCredentials:
 Policy = Callable[[PeerCredentials], bool]
 
 _HAVE_PEERCRED = hasattr(socket, "SO_PEERCRED")
-_CREDENTIALS = struct.Struct("iII")
+_SOL_SOCKET, _SO_PEERCRED = int(socket.SOL_SOCKET), int(getattr(socket, "SO_PEERCRED", 0))
+_unpack = struct.Struct("iII").unpack  # struct ucred {pid_t pid; uid_t uid; gid_t gid;}
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
@@ -64,8 +65,7 @@ def peer_credentials(sock: socket.socket) -> PeerCredentials:
         OSError: not connected, or the system does not tell.
     """
     if _HAVE_PEERCRED:
-        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, gid = _CREDENTIALS.unpack(data)
+        pid, uid, gid = _unpack(sock.getsockopt(_SOL_SOCKET, _SO_PEERCRED, 12))
         return PeerCredentials(pid, uid, gid, _peer_groups(sock))
     # LOCAL_PEERCRED of FreeBSD and macOS: struct xucred {u_int version; uid_t uid; short ngroups; gid_t groups[16]; ...}
     data = sock.getsockopt(0, 1, 4 + 4 + 4 + 16 * 4 + 8)
@@ -242,8 +242,8 @@ def objection(sock: socket.socket, allow: Policy) -> str | None:
         OSError: the system does not tell who it is.
     """
     if allow is same_user and _HAVE_PEERCRED:  # the usual case, in a quarter of the time
-        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if is_own_user(_CREDENTIALS.unpack(data)[1]):
+        uid = _unpack(sock.getsockopt(_SOL_SOCKET, _SO_PEERCRED, 12))[1]
+        if uid == os.geteuid() and (uid != _OVERFLOW_UID or _every_user_has_a_number()):
             return None
     peer = peer_credentials(sock)
     try:

@@ -39,9 +39,9 @@ from fdshare.channel import Channel
 from fdshare.codec import Codec
 from fdshare.credentials import Policy, objection, same_user
 from fdshare.errors import AccessDeniedError, ClosedError, FdLimitError
-from fdshare.greeting import expect_hello, hello_of, refuse, say_hello
+from fdshare.greeting import PICKLE_ANSWER, Answer, expect_hello, hello_of, refuse, say_hello
 from fdshare.handle import FdHandle, Outside, to_socket
-from fdshare.transport import Transport
+from fdshare.transport import Transport, other_threads
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -112,6 +112,8 @@ class Listener:
         self._hello = hello_of(codec)
         self._stream = sock.type == socket.SOCK_STREAM
         self._connections = accepted_sockets(sock)
+        self._input = select.poll()
+        self._input.register(sock.fileno(), select.POLLIN)
         self._door = Transport(sock)  # for its way of waiting, and of closing under who waits
 
     # --- accepting ---------------------------------------------------------------------------------------------------------
@@ -129,6 +131,10 @@ class Listener:
             ClosedError: the listener is closed, also by another thread while this one waited.
             FdLimitError: no descriptor left; who has connected stays queued.
         """
+        if timeout is None and not other_threads():
+            channel = self._accept_alone()
+            if channel is not None:
+                return channel
         deadline = None if timeout is None else time.monotonic() + timeout
         late = 0
         while late < MAX_LATE:
@@ -150,6 +156,18 @@ class Listener:
                 return
             yield channel
             del channel  # it is the caller's alone
+
+    def _accept_alone(self) -> Channel | None:
+        """Accept in few steps, while there is no other thread; None where it takes more."""
+        if self._door.closed:
+            return None
+        self._input.poll()
+        try:
+            for sock in self._connections:  # noqa: B007 -- one of them, stored without a gap
+                break
+        except OSError:
+            return None
+        return self._admit(sock)
 
     def _accept_now(self) -> socket.socket | None:
         """Take the next connection; None where another thread or process has taken it, or it is gone."""
@@ -319,23 +337,20 @@ def connect(
         OSError: EPROTOTYPE: the listener has another transport.
         ValueError: a bad address or transport.
     """
-    ours = hello_of(codec)
+    answer = PICKLE_ANSWER if codec is None else Answer(hello_of(codec))
     sock = connected_socket(address, timeout=timeout, transport=transport)
     try:
         why = objection(sock, allow)
         if why is not None:
             refuse(sock, why)
             raise AccessDeniedError(f"the listener at {os.fsdecode(address)!r} is not trusted here: {why}")
+        say_hello(sock, answer.ours)
         channel = Channel(sock, codec=codec)
+        channel._transport.greeting = answer
+        return channel
     except BaseException:
         sock.close()
         raise
-    try:
-        say_hello(channel, ours)
-    except BaseException:
-        channel.close()
-        raise
-    return channel
 
 
 # --- how a listener travels --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from fdshare.errors import AccessDeniedError, MessageTooLargeError, ProtocolErro
 from fdshare.hello import Hello
 from fdshare.transport import Transport
 
-__all__ = ["Greeting", "expect_hello", "hello_of", "refuse", "say_hello"]
+__all__ = ["PICKLE_ANSWER", "Answer", "Greeting", "expect_hello", "hello_of", "refuse", "say_hello"]
 
 FAREWELL_SECONDS = 0.2
 """How long a failed send waits for another thread that is reading, to say why the peer has closed; that one reads for a tick."""
@@ -142,7 +142,7 @@ class Greeting:
 
 @attrs.frozen(eq=False)
 class Answer:
-    """What is expected where nothing has come yet and perhaps nothing will: one for any number of connections."""
+    """What is expected once hello was said, and may never come: one for any number of connections."""
 
     ours: Hello
 
@@ -222,17 +222,19 @@ def hello_of(codec: Codec | None) -> Hello:
 
 
 _PICKLE = Hello("pickle")
-_PICKLE_ANSWER = Answer(_PICKLE)
+PICKLE_ANSWER = Answer(_PICKLE)
 
 
-def say_hello(channel: Channel, ours: Hello) -> None:
-    """Say hello on a connection just made, and let the channel expect an answer, or none.
+def say_hello(sock: socket.socket, ours: Hello) -> None:
+    """Say hello on a new connection.
 
     Raises:
         OSError: not even a few bytes can be sent.  A peer that has gone is no error: it may have sent something before.
     """
-    channel._transport.greeting = _PICKLE_ANSWER if ours is _PICKLE else Answer(ours)
-    _say(channel, ours.data)
+    try:
+        sock.send(ours.data, rights.SEND_NOW)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
 
 
 def expect_hello(sock: socket.socket, codec: Codec | None, ours: Hello, stream: bool) -> Channel:
@@ -260,7 +262,7 @@ def expect_hello(sock: socket.socket, codec: Codec | None, ours: Hello, stream: 
         transport = channel._transport
         greeting = Greeting(ours, True, begun)
         greeting.stand_before(transport)
-        _say(channel, ours.data)
+        say_hello(sock, ours)
         if begun:
             try:
                 greeting.take(transport)
@@ -274,13 +276,6 @@ def _recv(sock: socket.socket, size: int) -> bytes:
         return sock.recv(size, rights.NOW)
     except OSError:  # nothing there, or gone
         return b""
-
-
-def _say(channel: Channel, data: bytes) -> None:
-    try:
-        channel._transport.sock.send(data, rights.SEND_NOW)
-    except (BrokenPipeError, ConnectionResetError):
-        pass
 
 
 def refuse(sock: socket.socket, reason: str) -> None:
