@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from fdshare import FdHandle, FdShareError
 from fdshare.handover import Handover, HandoverSocket
-from fdshare.handover.loop import Acceptor, Acceptors
+from fdshare.handover.loop import Acceptor, Acceptors, start_successor
 
 __all__ = ["Service", "linger"]
 
@@ -56,7 +56,7 @@ class Service:
         self._streams: dict[str, tuple[Acceptor, Callable[[bytes], asyncio.BaseProtocol]]] = {}
         self._handlers: set[asyncio.Task[Any]] = set()
         self._ending = asyncio.Event()
-        self._taking: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- before serving ----------------------------------------------------------------------------------------------------
 
@@ -184,14 +184,15 @@ class Service:
         return [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
     def _start_successor(self) -> None:
-        try:
-            self.handover.start_successor()
-        except OSError as error:
-            logger.error("cannot start a successor: %s", error)
+        self._keep(asyncio.get_running_loop().create_task(start_successor(self.handover)))
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)  # the loop holds tasks weakly
+        task.add_done_callback(self._tasks.discard)
 
     async def _drain(self) -> None:
-        if self._taking:
-            await asyncio.wait(self._taking, timeout=self.drain)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self.drain)
         if self._handlers:
             await asyncio.wait(set(self._handlers), timeout=self.drain)
         for task in self._handlers:
@@ -261,9 +262,7 @@ class Service:
         def factory() -> asyncio.BaseProtocol:
             return make(unread)
 
-        task = asyncio.get_running_loop().create_task(acceptor.take(handle.to_socket(), factory))
-        self._taking.add(task)
-        task.add_done_callback(self._taking.discard)
+        self._keep(asyncio.get_running_loop().create_task(acceptor.take(handle.to_socket(), factory)))
 
 
 async def linger(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare import FdHandle, FdShareError
 from fdshare.handover import Handover, HandoverSocket
-from fdshare.handover.loop import Acceptor, Acceptors
+from fdshare.handover.loop import Acceptor, Acceptors, start_successor
 
 if TYPE_CHECKING:
     from uvicorn import Config, Server
@@ -114,7 +114,7 @@ def _server_class() -> Any:
             self.handover = handover
             self.listening = sockets
             self.drain = drain
-            self.taking: set[asyncio.Task[None]] = set()
+            self.own_tasks: set[asyncio.Task[None]] = set()
 
         # --- beginning ----------------------------------------------------------------------------------------------------
 
@@ -135,10 +135,11 @@ def _server_class() -> Any:
                 logger.info("Generation %d serves at %s", self.handover.generation, sock.getsockname())
 
         def start_successor(self) -> None:
-            try:
-                self.handover.start_successor()
-            except OSError as error:
-                logger.error("cannot start a successor: %s", error)
+            self.keep(asyncio.get_running_loop().create_task(start_successor(self.handover)))
+
+        def keep(self, task: asyncio.Task[None]) -> None:
+            self.own_tasks.add(task)  # the loop holds tasks weakly
+            task.add_done_callback(self.own_tasks.discard)
 
         def make_protocol(self) -> Any:
             # As the function of that name in uvicorn.Server.startup.
@@ -151,9 +152,7 @@ def _server_class() -> Any:
 
         def take(self, handle: FdHandle, data: Any) -> None:
             """Serve a connection on which the predecessor had nothing to do."""
-            task = asyncio.get_running_loop().create_task(self.take_idle(handle.to_socket()))
-            self.taking.add(task)
-            task.add_done_callback(self.taking.discard)
+            self.keep(asyncio.get_running_loop().create_task(self.take_idle(handle.to_socket())))
 
         async def take_idle(self, connection: socket.socket) -> None:
             acceptor = Acceptor(self.listening[0], self.make_protocol)

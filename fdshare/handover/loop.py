@@ -17,7 +17,7 @@ from fdshare.handover.binding import BACKLOG
 from fdshare.handover.gated import HandoverSocket
 from fdshare.handover.handover import Handover
 
-__all__ = ["Acceptor", "Acceptors"]
+__all__ = ["Acceptor", "Acceptors", "start_successor"]
 
 logger = logging.getLogger("fdshare.handover")
 
@@ -160,9 +160,9 @@ class Acceptors:
     def close(self) -> None:
         """Accept and adopt no more; the event loop may end."""
         self._over = True
-        self._loop = None
         self._stop_all()
         self._adopt_no_more()
+        self._loop = None
 
     async def _start_all(self) -> None:
         for acceptor in self._all:
@@ -229,3 +229,11 @@ class Acceptors:
             if self._loop is not None:
                 self._loop.remove_reader(connections.fileno())
             connections.close()
+
+
+async def start_successor(handover: Handover) -> None:
+    """Start the next generation without keeping the event loop waiting; where that fails, it is logged."""
+    try:
+        await asyncio.to_thread(handover.start_successor)
+    except OSError as error:
+        logger.error("cannot start a successor: %s", error)

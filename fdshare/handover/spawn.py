@@ -1,34 +1,46 @@
-"""Starting the next generation from the one that serves, as for a reload."""
+"""Starting the next generation from the one that serves, as for a reload.
+
+Not as its child: the service manager must be told when it dies, and not a process that is about to end.  So a process between
+the two starts it and ends, and the kernel gives it to the manager (or to init).
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable
+
+from fdshare.handle import FdHandle
 
 __all__ = ["start"]
 
-logger = logging.getLogger("fdshare.handover")
+BETWEEN = """
+import os, sys
+report = int(sys.argv[1])
+os.set_inheritable(report, False)
+os.write(report, b"%d" % os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ))
+"""
 
 
-def start(command: Iterable[str] | None) -> subprocess.Popen[bytes]:
-    """Start ``command``, or this program again; its end is waited for in a thread, and logged where it failed.
+def start(command: Iterable[str] | None) -> int:
+    """Start ``command``, or this program again; return its pid.
 
     Raises:
         OSError: it cannot be started.
     """
     arguments = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
-    # What systemd has handed to this process is not for its child, which asks its predecessor.
+    # What systemd has handed to this process is not for the next one, which asks its predecessor.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
-    process = subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL)
-
-    def wait() -> None:
-        code = process.wait()
-        if code:
-            logger.warning("the successor, process %d, ended with %d", process.pid, code)
-
-    threading.Thread(target=wait, name="fdshare handover successor", daemon=True).start()
-    return process
+    reader, writer = (FdHandle(fd) for fd in os.pipe())
+    with reader, writer:
+        between = subprocess.run(
+            [sys.executable, "-S", "-E", "-c", BETWEEN, str(writer.fileno()), *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[writer.fileno()],
+            check=False,
+        )
+        if between.returncode:
+            raise OSError(f"cannot start {arguments[0]!r} as a successor")
+        return int(os.read(reader.fileno(), 20))
