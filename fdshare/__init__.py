@@ -30,26 +30,26 @@ if TYPE_CHECKING:
     from fdshare.arrays import share, shared_array
     from fdshare.datagrams import ask_credentials, recv_signed, send_signed
     from fdshare.endpoint import Listener, connect
-    from fdshare.fields import Descriptor
+    from fdshare.typed.fields import Descriptor
     from fdshare.plain import BytesCodec
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
     from fdshare.shared import SharedMemory
     from fdshare.sync import Event, Lock, Semaphore
-    from fdshare.typed import TypedCodec
+    from fdshare.typed.codec import TypedCodec
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "BytesCodec": "fdshare.plain",
-    "Descriptor": "fdshare.fields",
+    "Descriptor": "fdshare.typed.fields",
     "Event": "fdshare.sync",
     "Listener": "fdshare.endpoint",
     "Lock": "fdshare.sync",
     "ProcessPoolExecutor": "fdshare.pool.executor",
     "Semaphore": "fdshare.sync",
     "SharedMemory": "fdshare.shared",
-    "TypedCodec": "fdshare.typed",
+    "TypedCodec": "fdshare.typed.codec",
     "WorkerDiedError": "fdshare.pool.errors",
     "ask_credentials": "fdshare.datagrams",
     "connect": "fdshare.endpoint",

@@ -46,7 +46,7 @@ from fdshare import (
     move,
 )
 from fdshare.codec import Incoming, Outgoing, PickleCodec
-from fdshare.values import MAX_HASHED
+from fdshare.typed.values import MAX_HASHED
 
 # In this module annotations are no strings.
 

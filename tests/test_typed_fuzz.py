@@ -395,7 +395,7 @@ def test_anything_at_all() -> None:
 
 @given(st.binary(max_size=80), st.integers(1, 40), st.integers(1, 8))
 def test_scan_never_fails_otherwise(data: bytes, max_items: int, max_depth: int) -> None:
-    from fdshare.typed import scan
+    from fdshare.typed.codec import scan
 
     for payload in (data, memoryview(data)):
         with contextlib.suppress(DecodeError):
@@ -405,7 +405,7 @@ def test_scan_never_fails_otherwise(data: bytes, max_items: int, max_depth: int)
 @given(trees)
 def test_scan_counts_right(tree: Any) -> None:
     """Against a count of what msgspec makes of it."""
-    from fdshare.typed import scan
+    from fdshare.typed.codec import scan
 
     def size(value: Any) -> tuple[int, int]:
         """Return the number of values, and the depth."""

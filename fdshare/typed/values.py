@@ -14,9 +14,9 @@ import attrs
 import msgspec
 
 from fdshare.errors import DecodeError
-from fdshare.fields import Field, Receiving, Sending
 from fdshare.handle import Moved
 from fdshare.reducers import Refused
+from fdshare.typed.fields import Field, Receiving, Sending
 
 __all__ = ["Node", "Wrong"]
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare.codec import Incoming, Outgoing, undecodable
 from fdshare.errors import DecodeError, MessageTooLargeError, NotSendableError
-from fdshare.fields import Receiving, Sending
 from fdshare.handle import NO_HANDLES
 from fdshare.limits import Limits
+from fdshare.typed.fields import Receiving, Sending
 from fdshare.wire import ALWAYS_INLINE, MAX_DESCRIPTORS, MAX_FDS_PER_PACKET
 
 if TYPE_CHECKING:
-    from fdshare.schema import Schema, Wrong
+    from fdshare.typed.schema import Schema, Wrong
 
 __all__ = ["TypedCodec"]
 
@@ -80,7 +80,7 @@ class TypedCodec:
         recv_fds: int | None = None,
     ) -> None:
         try:
-            from fdshare.schema import Schema, Wrong
+            from fdshare.typed.schema import Schema, Wrong
         except ImportError as error:
             raise ImportError(f"TypedCodec needs msgspec: pip install 'fdshare[typed]' ({error})") from error
         self.message_types = message_types

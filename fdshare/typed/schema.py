@@ -33,8 +33,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 import attrs
 import msgspec
 
-from fdshare.fields import Descriptor, Receiving, Sending, field_of
-from fdshare.values import (
+from fdshare.typed.fields import Descriptor, Receiving, Sending, field_of
+from fdshare.typed.values import (
     PLAIN,
     Node,
     Pack,

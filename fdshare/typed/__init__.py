@@ -1,0 +1,1 @@
+"""Messages without pickle, for peers that are not trusted."""
