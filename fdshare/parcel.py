@@ -24,7 +24,9 @@ from fdshare.transports import SeqpacketTransport
 __all__ = [
     "Message",
     "Parcel",
+    "has_arrived",
     "open_message",
+    "receive_bare_now",
     "receive_now",
     "seal",
     "send",
@@ -104,6 +106,12 @@ def send(channel: Channel, message: Message, deadline: float | None = None) -> N
     """
     transport = channel._transport
     if isinstance(message, bytes):
+        if channel._send_bare is not None:
+            try:
+                channel._send_bare(message, _SEND_NOW)
+                return
+            except OSError:
+                pass  # full, closed, gone: the way through the transport waits or tells
         if transport.bare:
             transport.send(b"", (message,), (), deadline)
             return
@@ -133,6 +141,35 @@ def _message_of(header: wire.Header | None, payload: Any, handles: HandleList) -
     return Parcel(header._replace(flags=header.flags & ~wire.BUNDLE), [payload], handles)
 
 
+def receive_bare_now(channel: Channel) -> bytes | None:
+    """Take the next message if it is a bare pickle; one thread at a time.
+
+    Returns:
+        the message; b"" while there is none; None where it takes :func:`receive_now` to tell.
+    """
+    transport = channel._transport
+    if not transport.plain:
+        return None
+    if not transport.arrived:
+        try:
+            for transport.arrived in transport.arrivals_now:  # noqa: B020 -- see channel.py
+                break
+        except BlockingIOError:
+            return b""
+        except OSError:
+            return None  # closed, gone
+    data, ancillary, _, _ = transport.arrived
+    if data and not ancillary and data[0] == wire.PICKLE_MARK:
+        transport.arrived = None
+        return data  # type: ignore[no-any-return]
+    return None
+
+
+def has_arrived(channel: Channel) -> bool:
+    """Whether a message was taken from the kernel and by nobody from here: an interrupt came, or it is not a bare pickle."""
+    return channel._transport.arrived is not None
+
+
 def receive_now(channel: Channel) -> Message | None:
     """Take the next message if there is one; one thread at a time.
 
@@ -141,20 +178,12 @@ def receive_now(channel: Channel) -> Message | None:
         FdLimitError: no room for its descriptors; it stays queued.
         DescriptorsLostError, ProtocolError: it is gone.
     """
+    message = receive_bare_now(channel)
+    if message:
+        return message
+    if message is not None:
+        return None
     transport = channel._transport
-    if transport.plain and not transport.arrived:
-        try:
-            for transport.arrived in transport.arrivals_now:  # noqa: B020 -- see channel.py
-                break
-        except BlockingIOError:
-            return None
-        except OSError:
-            pass  # closed, gone: the slow path tells
-        else:
-            data, ancillary, _, _ = transport.arrived
-            if data and not ancillary and data[0] == wire.PICKLE_MARK:
-                transport.arrived = None
-                return data  # type: ignore[no-any-return]
     with transport._reading:
         transport.check_open()
         packet = transport._receive_now()

@@ -60,6 +60,9 @@ class Undertaker:
         pool = self.pool
         if worker not in self._dying:
             self._dying.add(worker)
+            with pool.lock:
+                worker.leaving = True  # it gets nothing new, and nobody reads its answers but this thread
+                pool.attend(worker)
             self._poller.unregister(worker.sentinel())
         if worker in self._choked:
             return  # its answers wait for room: see _try_choked
@@ -70,7 +73,6 @@ class Undertaker:
         tasks: list[Task] = []
         try:
             with pool.lock:
-                worker.leaving = True
                 while recalled := worker.recall(BATCH):
                     pool.timed -= sum(task.timeout is not None for task in recalled)
                     tasks += recalled
@@ -98,9 +100,8 @@ class Undertaker:
             worker.assigned.clear()
             pool.timed -= sum(task.timeout is not None for task in lost)
             pool.workers.pop(worker.pid, None)
-            if worker.idle:
-                pool.idle.remove(worker)
-                worker.idle = False
+            pool.idle = [idle for idle in pool.idle if idle is not worker]
+            worker.idle = False
             expected = not lost and not worker.killed and (worker.left == 0 or worker.leaves)
             self._note_death(worker, exitcode, expected)
             again = []
@@ -117,7 +118,7 @@ class Undertaker:
                 else:
                     pool.outcomes.append((task, self._reason(task, worker, exitcode)))
             pool.requeue(again)
-        worker.close()
+            pool.dismiss(worker)
         if pool.broken is not None:
             self._break(pool.broken)
             return
@@ -198,6 +199,7 @@ class Undertaker:
             pool.broken = error
             tasks = list(pool.pending)
             pool.pending.clear()
+            pool.attend_all()
             for worker in pool.workers.values():
                 tasks += worker.assigned.values()
                 worker.assigned.clear()

@@ -15,12 +15,15 @@ The way of the data::
         ^                                                                                        |
         | give more                                                                              |
       Manager (thread, epoll) <-------- receive, decode, settle the future <------- send --------+
-        ^
-        +------------- pidfd of each worker: it died
+        ^                                                                                        |
+        +------------- pidfd of each worker: it died                                             |
+                                                                                                 |
+      result() <--- receive, decode: where it waits for the only task of that worker ------------+
 
 A task is in exactly one place: in ``pending``, in a worker's inbox, or in a worker's hands; a packet is atomic, so there is
 nothing in between.  The kernel knows the place even of a worker that was killed, and no lock is shared between processes.
-Nothing polls: the parent wakes for answers, deaths and deadlines only.
+Nothing polls: the parent wakes for answers, deaths and deadlines only.  Who reads an answer, the manager or the thread that waits
+for it, is told in leading.py.
 """
 
 from __future__ import annotations
@@ -37,10 +40,11 @@ from fdshare.codec import Outgoing
 from fdshare.pool import manager as managers
 from fdshare.pool.calls import encode_call
 from fdshare.pool.compat import StandardNames
+from fdshare.pool.futures import TaskFuture
 from fdshare.pool.mapping import Slot, map_calls
 from fdshare.pool.pool import Pool
 from fdshare.pool.stats import PoolStats, stats_of
-from fdshare.pool.tasks import Task, TaskFuture
+from fdshare.pool.tasks import Task
 
 __all__ = ["PoolView", "ProcessPoolExecutor"]
 
@@ -138,7 +142,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
             RuntimeError: after shutdown.
             BrokenProcessPool: the pool is broken.
         """
-        future = TaskFuture()
+        future = TaskFuture(self._pool)
         self._submit(future, fn, args, kwargs)
         return future
 
@@ -262,6 +266,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         pool = self._pool
         with pool.lock:
             pool.closing = True
+            pool.attend_all()
         if cancel_futures:
             pool.withdraw_all(begun_by_order=True)
         pool.wake()
@@ -320,7 +325,7 @@ class PoolView:
         Raises:
             RuntimeError, BrokenProcessPool: as there.
         """
-        future = TaskFuture()
+        future = TaskFuture(self._executor._pool)
         self._executor._submit(future, fn, args, kwargs, self._timeout, self._retries)
         return future
 

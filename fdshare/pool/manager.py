@@ -17,10 +17,11 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
-from fdshare import parcel
+from fdshare import parcel, recycle
 from fdshare.errors import DecodeError, FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own
 from fdshare.pool.deaths import BATCH, Undertaker
+from fdshare.pool.leading import seat_of
 from fdshare.pool.poller import Poller
 from fdshare.pool.pool import CHOKED_SECONDS
 from fdshare.pool.tasks import (
@@ -89,6 +90,15 @@ class Manager(Undertaker, threading.Thread):
         if not self._poller.sees_changes:
             self.wake()
 
+    def mask(self, worker: Worker) -> bool:
+        """See a worker's answers no more for a while; return whether that is possible.  The pool's lock is held."""
+        masked: bool = self._poller.mask(worker.channel.fileno())
+        return masked
+
+    def unmask(self, worker: Worker) -> None:
+        """See them again.  The pool's lock is held."""
+        self._poller.unmask(worker.channel.fileno())
+
     def close(self) -> None:
         """Let go of the descriptors."""
         self._poller.close()
@@ -113,13 +123,16 @@ class Manager(Undertaker, threading.Thread):
         """Wait for workers that are left after a failure, and close everything."""
         pool = self.pool
         with pool.lock:
+            pool.attend_all()
             workers, pool.workers = dict(pool.workers), {}
             pool.closing = True
             pool.initializer, pool.initargs = None, ()  # for whoever counts references to them
         for worker in workers.values():
             worker.process.join()
-            worker.close()
+            with pool.lock:
+                pool.dismiss(worker)
         running.discard(self)
+        recycle.leave(pool)
         with pool.lock:
             self.close()
 
@@ -129,6 +142,7 @@ class Manager(Undertaker, threading.Thread):
         if not (pool.closing or self.exiting or pool.broken is not None):
             return False
         with pool.lock:
+            pool.attend_all()
             if pool.starting or pool.purge():
                 return False
             for worker in pool.workers.values():
@@ -144,6 +158,7 @@ class Manager(Undertaker, threading.Thread):
         for data in self._poller.poll(self._timeout()):
             if data is None:
                 self._clear_wake()
+                self._take_what_leaders_left()
                 continue
             worker, died = data
             if died:
@@ -166,6 +181,16 @@ class Manager(Undertaker, threading.Thread):
         except BlockingIOError:
             pass
 
+    def _take_what_leaders_left(self) -> None:
+        """Take answers that are no longer in the kernel, which would tell of them."""
+        pool = self.pool
+        for worker in list(pool.workers.values()):
+            if worker.unread is not None or parcel.has_arrived(worker.channel):
+                self._take_answers(worker)
+        if pool.untended:
+            with pool.lock:
+                pool.tend()
+
     def _timeout(self) -> float | None:
         """Seconds until something is due; None while nothing is."""
         pool = self.pool
@@ -185,7 +210,36 @@ class Manager(Undertaker, threading.Thread):
     def _take_answers(self, worker: Worker, most: int = BATCH) -> bool:
         """Take what a worker has sent, give it more to do, then settle the futures; return whether there was anything."""
         pool = self.pool
+        answers = []
+        with pool.lock:
+            if worker.lead is not None and worker.lead.valid:
+                return False
+            messages = self._receive(worker, most)
+            for message in messages:
+                tag = parcel.tag_of(message)
+                number = tag >> KIND_BITS
+                if number:
+                    task = worker.assigned.pop(number, None)
+                    if task is not None:
+                        pool.timed -= task.timeout is not None
+                        task.worker = None
+                    answers.append((task, tag & KIND_MASK, message))
+                else:
+                    self._note(worker, tag & KIND_MASK, message)
+            if answers:
+                worker.note_answers(len(answers), time.monotonic())
+            if messages:
+                pool.fill(worker)
+        for task, kind, message in answers:
+            self._settle(worker, task, kind, message)
+        return bool(messages)
+
+    def _receive(self, worker: Worker, most: int) -> list[parcel.Message]:
+        """Take the messages that have come from a worker.  Lock held."""
         messages: list[parcel.Message] = []
+        if worker.unread is not None:
+            messages.append(worker.unread)
+            worker.unread = None
         try:
             while len(messages) < most:
                 message = parcel.receive_now(worker.channel)
@@ -201,32 +255,13 @@ class Manager(Undertaker, threading.Thread):
         except OSError as error:  # an answer that was lost on the way: which one, its end will show
             worker.error = error
             worker.kill()
-        if not messages:
-            return False
-        answers = []
-        with pool.lock:
-            for message in messages:
-                tag = parcel.tag_of(message)
-                number = tag >> KIND_BITS
-                if number:
-                    task = worker.assigned.pop(number, None)
-                    if task is not None:
-                        pool.timed -= task.timeout is not None
-                        task.worker = None
-                    answers.append((task, tag & KIND_MASK, message))
-                else:
-                    self._note(worker, tag & KIND_MASK, message)
-            if answers:
-                worker.note_answers(len(answers), time.monotonic())
-            pool.fill(worker)
-        for task, kind, message in answers:
-            self._settle(worker, task, kind, message)
-        return True
+        return messages
 
     def _note(self, worker: Worker, kind: int, message: parcel.Message) -> None:
         """Take in what a worker tells of itself.  Lock held."""
         if kind == READY:
             worker.ready = True
+            worker.seat = seat_of(worker)
             worker.since = time.monotonic()
             self._startup_deaths = self._startup_exits = 0
             return

@@ -64,6 +64,9 @@ class Slot:
 
     __slots__ = ("_task", "sleeper", "state", "value")
 
+    may_be_led = False
+    """It is the manager who settles it; see leading.py."""
+
     def __init__(self, sleeper: _Sleeper) -> None:
         self._task: Task | None = None
         self.sleeper = sleeper

@@ -25,6 +25,13 @@ class _SelectorPoller:
         """Stop watching it."""
         self._selector.unregister(fd)
 
+    def mask(self, fd: int) -> bool:
+        """Do not: another thread could not undo it while this one polls."""
+        return False
+
+    def unmask(self, fd: int) -> None:
+        """There is nothing to undo."""
+
     def poll(self, timeout: float | None) -> list[Any]:
         """Wait up to ``timeout`` seconds (None: for ever); return the data of what is readable."""
         return [key.data for key, _ in self._selector.select(timeout)]
@@ -52,6 +59,18 @@ class _EpollPoller:
         """Stop watching it."""
         self._epoll.unregister(fd)
         del self._data[fd]
+
+    def mask(self, fd: int) -> bool:
+        """Watch a descriptor no more for a while; return whether it was watched."""
+        if fd not in self._data:
+            return False
+        self._epoll.modify(fd, 0)
+        return True
+
+    def unmask(self, fd: int) -> None:
+        """Watch it again; what came meanwhile is told."""
+        if fd in self._data:
+            self._epoll.modify(fd, select.EPOLLIN)
 
     def poll(self, timeout: float | None) -> list[Any]:
         """Wait up to ``timeout`` seconds (None: for ever); return the data of what is readable."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare import parcel
 from fdshare.errors import FdLimitError
+from fdshare.pool.leading import STREAK, Leaders
 from fdshare.pool.tasks import CALL, KIND_BITS, Task
 from fdshare.pool.workers import Worker, start_worker
 
@@ -34,7 +35,7 @@ CHOKED_SECONDS = 1.0
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
-class Pool:
+class Pool(Leaders):
     """Workers, tasks, and who gets what."""
 
     def __init__(
@@ -46,6 +47,7 @@ class Pool:
         max_tasks: int | None,
         restart: bool,
     ) -> None:
+        super().__init__()
         self.max_workers = max_workers
         self.context = context
         self.forks = context.get_start_method(allow_none=False) == "fork"
@@ -85,9 +87,10 @@ class Pool:
         """
         if self.manager is None:
             self.launch()
-        task.message = parcel.seal(message, task.number << KIND_BITS | CALL)
+        task.message = parcel.seal(message, task.number << KIND_BITS | CALL, self)
         with self.lock:
-            self.check_open()
+            if self.closing or self.broken is not None or self.abandoned:
+                self.check_open()
             task.future._task = task
             start = False
             if self.pending or not self._give_somebody(task):
@@ -157,6 +160,8 @@ class Pool:
         task.worker = worker
         sent = False
         try:
+            if worker.masked or self.streak >= STREAK:
+                self._mask_ahead(worker, task)
             sent = parcel.send_now(worker.channel, message)
         except FdLimitError as error:
             self._choke(task, error)
@@ -209,9 +214,9 @@ class Pool:
 
     def _note_idle(self, worker: Worker) -> None:
         if not worker.idle:
-            worker.idle = True
             # The one that was busy last is asked first: it is awake.  One that is still starting is asked last.
             self.idle.insert(len(self.idle) if worker.ready else 0, worker)
+            worker.idle = True  # an interrupt before this leaves it in there twice, which does no harm
 
     def fill_all(self) -> None:
         """Give all workers what they have room for.  Lock held."""
@@ -236,6 +241,8 @@ class Pool:
 
     def take_back(self, worker: Worker, most: int = 1 << 30) -> list[Task]:
         """Take back tasks that a worker has not begun, oldest first.  Lock held."""
+        if worker.masked:
+            self.attend(worker)
         try:
             tasks = worker.recall(most)
         except FdLimitError:
@@ -394,6 +401,9 @@ class Pool:
         self.lock = threading.RLock()
         self.launching = threading.Lock()
         for worker in self.workers.values():
+            if worker.lead is not None:
+                worker.lead.valid = False
+            worker.masked = False
             worker.close()
         for worker in self.nascent:  # perhaps this very process, which keeps its inbox
             worker.channel.close()

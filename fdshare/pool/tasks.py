@@ -1,11 +1,10 @@
-"""``Task``, one call on its way through the pool, and ``TaskFuture``, which can still cancel what no worker has begun."""
+"""``Task``, one call on its way through the pool."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from concurrent.futures import Future
-from concurrent.futures import _base as states
+from concurrent.futures import InvalidStateError
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -13,11 +12,12 @@ import attrs
 from fdshare.parcel import Message, Parcel
 
 if TYPE_CHECKING:
+    from fdshare.pool.futures import TaskFuture
     from fdshare.pool.mapping import Slot
     from fdshare.pool.pool import Pool
     from fdshare.pool.workers import Worker
 
-__all__ = ["CALL", "KIND_BITS", "Task", "TaskFuture"]
+__all__ = ["CALL", "KIND_BITS", "Task"]
 
 KIND_BITS = 3
 KIND_MASK = (1 << KIND_BITS) - 1
@@ -30,46 +30,6 @@ logger = logging.getLogger("fdshare.pool")
 logger.addHandler(logging.NullHandler())  # silent unless the program asks for it
 
 _numbers = itertools.count(1)
-
-
-class TaskFuture(Future[Any]):
-    """A future of the pool.
-
-    It is "running" once its call was sent to a worker; while that worker has not begun it, it can still be cancelled.
-    """
-
-    _task: Task | None = None
-    """The way back to the pool, until the call is settled."""
-
-    def cancel(self) -> bool:
-        """Cancel the call unless a worker has begun it; return whether it is cancelled."""
-        task = self._task
-        if task is not None and task.pool.withdraw(task):
-            self.cancel_withdrawn()
-        return super().cancel()
-
-    def cancel_withdrawn(self) -> None:
-        """Become cancelled, now that the pool has let go of the call."""
-        with self._condition:
-            if self._state == states.RUNNING:  # it was sent, and taken back
-                self._state = states.PENDING
-        if super().cancel() and self._state == states.CANCELLED:
-            self.set_running_or_notify_cancel()
-
-    def _invoke_callbacks(self) -> None:
-        for callback in self._done_callbacks:  # type: ignore[attr-defined]  # Future's own list
-            try:
-                callback(self)
-            except BaseException:  # noqa: BLE001 -- sys.exit() too: it must not end the thread that serves all tasks
-                states.LOGGER.exception("exception calling callback for %r", self)
-
-    def start(self) -> bool:
-        """Mark the call as sent; False where it was cancelled before."""
-        with self._condition:
-            if self._state == states.PENDING:
-                self._state = states.RUNNING
-                return True
-            return self._state == states.RUNNING  # taken back from a worker, and sent again
 
 
 @attrs.define(eq=False, slots=True)
@@ -102,7 +62,7 @@ class Task:
         self.release()
         try:
             self.future.set_result(value)
-        except states.InvalidStateError:
+        except InvalidStateError:
             logger.warning("task %d: somebody else has settled its future", self.number)
 
     def fail(self, error: BaseException) -> None:
@@ -110,5 +70,5 @@ class Task:
         self.release()
         try:
             self.future.set_exception(error)
-        except states.InvalidStateError:
+        except InvalidStateError:
             logger.warning("task %d: somebody else has settled its future", self.number)

@@ -109,12 +109,18 @@ def _serve(channel: Channel, max_tasks: int | None, fragile: bool) -> None:
     done = 0
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
+    receive = parcel.receive_now
+    queued = True  # whether calls have come faster than they were taken, so that the next one is there without a look
     while max_tasks is None or done < max_tasks:
         try:
-            while (message := parcel.receive_now(channel)) is None:
-                # Not in the receiving call: killed there, a process may take a message along that it never saw.
-                poll.poll()
+            if not queued:
+                queued = bool(poll.poll(0))
+                if not queued:
+                    # Not in the receiving call: killed there, a process may take a message along that it never saw.
+                    poll.poll()
+            message = receive(channel)
         except KeyboardInterrupt:
+            queued = True  # it may have been taken from the kernel
             continue  # meant for the parent, which ends this process by closing the channel
         except PeerClosedError:
             raise
@@ -122,6 +128,9 @@ def _serve(channel: Channel, max_tasks: int | None, fragile: bool) -> None:
             # Descriptors that do not fit, or were dropped: this process cannot be trusted with the next task either.
             _answer(channel, CANNOT_RECEIVE, [(parcel.next_tag(channel, error) >> KIND_BITS, error)])
             return
+        if message is None:
+            queued = False
+            continue
         tag = parcel.tag_of(message)
         if tag & KIND_MASK != CALL:
             return
@@ -218,7 +227,7 @@ def _send(channel: Channel, tag: int, value: list[Any]) -> None:
         parcel.send(channel, message + tag.to_bytes(8, "little"))
         return
     try:
-        sealed = parcel.seal(message, tag)
+        sealed = parcel.seal(message, tag, channel)
         try:
             parcel.send(channel, sealed)
         finally:

@@ -15,6 +15,7 @@ from fdshare.channel import Channel, Pipe
 from fdshare.errors import FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own
 from fdshare.pool import worker as process_side
+from fdshare.pool.leading import Lead, Seat
 from fdshare.pool.tasks import KIND_BITS, STOP, Task
 
 __all__ = ["Worker", "start_worker"]
@@ -27,6 +28,9 @@ MAX_DEPTH = 32
 
 QUEUED_SECONDS = 0.002
 """How much work a worker may hold in advance: enough that it never waits for the parent between short tasks."""
+
+SHORT_SECONDS = QUEUED_SECONDS / (MAX_DEPTH - FIRST_DEPTH)
+"""Tasks that take less go out MAX_DEPTH at a time."""
 
 _STOP_MESSAGE = parcel.seal(pickle.dumps(None, 5), STOP)
 
@@ -70,6 +74,21 @@ class Worker:
     refused: int = 0
     """The number of the task that it could not receive."""
     pid: int = -1
+    lead: Lead | None = None
+    """The right of a thread that reads the channel in the manager's place; see leading.py."""
+    masked: bool = False
+    """Whether the manager does not see what comes in the channel."""
+    unread: bytes | None = None
+    """An answer that was taken from the channel and is not settled yet."""
+    seat: Seat | None = None
+    """Where its leader sleeps; None where nobody can lead."""
+    gone: bool = False
+    """Whether it is to be closed once its leader has left."""
+
+    @property
+    def is_led(self) -> bool:
+        """Whether the manager would not see an answer."""
+        return self.masked or self.unread is not None
 
     @property
     def has_room(self) -> bool:
@@ -93,8 +112,8 @@ class Worker:
         self.done += count
         took = (now - self.since) / count
         self.since = now
-        self.pace = took if not self.pace else 0.75 * self.pace + 0.25 * took
-        self.depth = min(MAX_DEPTH, FIRST_DEPTH + int(QUEUED_SECONDS / max(self.pace, 1e-6)))
+        self.pace = pace = took if not self.pace else 0.75 * self.pace + 0.25 * took
+        self.depth = MAX_DEPTH if pace < SHORT_SECONDS else FIRST_DEPTH + int(QUEUED_SECONDS / pace)
 
     def recall(self, most: int) -> list[Task]:
         """Take back up to ``most`` tasks that the worker has not begun, oldest first.
@@ -144,6 +163,9 @@ class Worker:
         self.life.close()
         if self.death is not None:
             self.death.close()
+        if self.seat is not None:
+            self.seat.bell.close()
+            self.seat = None
 
 
 def start_worker(
