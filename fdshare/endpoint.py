@@ -161,11 +161,11 @@ class Listener:
         """Accept in few steps, while there is no other thread; None where it takes more."""
         if self._door.closed:
             return None
-        self._input.poll()
         try:
+            self._input.poll()
             for sock in self._connections:  # noqa: B007 -- one of them, stored without a gap
                 break
-        except OSError:
+        except (OSError, RuntimeError):  # RuntimeError: in a signal handler, inside of another accept
             return None
         return self._admit(sock)
 

@@ -82,7 +82,7 @@ class Greeting:
             transport.greeting = None  # a packet was announced in the meantime
             return True
         stream = transport.name == "stream"
-        while not self.begun or (stream and hellos.missing(self.begun)):
+        while not self.begun or (stream and hellos.is_hello(self.begun) and hellos.missing(self.begun)):
             arrived = transport._fetch(hellos.missing(self.begun) if stream else wire.PACKET_SIZE)
             if arrived is None:
                 return False
@@ -96,8 +96,6 @@ class Greeting:
                 arrived.close()
                 raise self._failed(ProtocolError("descriptors come with the peer's hello"))
             self.begun, transport.arrived = data, None
-            if not hellos.is_hello(data):
-                break
         try:
             theirs = hellos.unpack(self.begun, self.ours)
         except (ProtocolError, AccessDeniedError) as error:

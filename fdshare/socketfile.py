@@ -181,6 +181,7 @@ def _make_private(directory: str, name: str) -> str:
         private = os.path.join(directory, f".{name[:40]}-{os.urandom(4).hex()}")
         try:
             os.mkdir(private, 0o700)
+            os.chmod(private, 0o700)  # whatever the umask takes away
         except FileExistsError:
             continue
         except OSError as error:
@@ -198,17 +199,22 @@ def _put_in_place(inner: str, path: str) -> None:
         while True:
             try:
                 found = os.lstat(path)
+                if _is_dead(path, found) and (found.st_dev, found.st_ino) == identity(path):
+                    break
             except (
                 FileNotFoundError
-            ):  # removed since, or there are no hard links here, and the lock alone keeps two apart
+            ):  # removed since; or there are no hard links, and the lock alone keeps two apart
                 if _link(inner, path):
                     return
                 if not os.path.lexists(path):
                     break
-            else:
-                if _is_dead(path, found) and (found.st_dev, found.st_ino) == identity(path):
-                    break
-        os.rename(inner, path)
+        try:
+            os.rename(inner, path)
+        except PermissionError as error:  # in a directory like /tmp only the owner may replace a file
+            what = (
+                "the socket of a dead listener is in the way, of another user: only that one may replace it"
+            )
+            raise OSError(errno.EADDRINUSE, what, path) from error
 
 
 def _link(inner: str, path: str) -> bool:
@@ -222,9 +228,10 @@ def _link(inner: str, path: str) -> bool:
 
 
 def _is_dead(path: str, found: os.stat_result) -> bool:
-    """Whether nobody listens there any more; False where it is worth another look.
+    """Whether nobody listens there any more: True.
 
     Raises:
+        FileNotFoundError: it was removed.
         OSError: EADDRINUSE: somebody does, or it cannot be told.
     """
     if not stat.S_ISSOCK(found.st_mode):
@@ -232,7 +239,7 @@ def _is_dead(path: str, found: os.stat_result) -> bool:
     try:
         alive = is_alive(path)
     except FileNotFoundError:
-        return False
+        raise
     except OSError as error:
         what = f"a socket of uid {found.st_uid} is in the way, and cannot be asked ({error.strerror})"
         raise OSError(errno.EADDRINUSE, what, path) from error

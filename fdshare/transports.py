@@ -279,8 +279,11 @@ class SeqpacketTransport(_Greeted):
     def has_message(self) -> bool:
         with self._reading:
             self.check_open()
-            if self.greeting is not None and not self._has_hello():
-                return False
+            if self.greeting is not None:
+                if not self._has_hello():
+                    return False
+                if self.greeting is not None:  # a receive will tell why it is still there
+                    return True
             for _ in range(MAX_NOTICED):
                 if self.arrived is not None:
                     return True
