@@ -70,12 +70,8 @@ def reloading() -> list[str]:
     return ["RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"]
 
 
-def barrier(timeout: float = PATIENCE) -> bool:
-    """Wait until the service manager has looked at everything sent so far; return whether it has.
-
-    Args:
-        timeout: seconds to wait at most.
-    """
+def barrier() -> bool:
+    """Wait, but not for longer than PATIENCE, until the service manager has looked at everything; return whether it has."""
     if not notifying():
         return True
     reader, writer = (FdHandle(fd) for fd in os.pipe())
@@ -85,4 +81,4 @@ def barrier(timeout: float = PATIENCE) -> bool:
                 return False
         poll = select.poll()
         poll.register(reader.fileno(), 0)  # the end of its last writer comes unasked
-        return bool(poll.poll(timeout * 1000))
+        return bool(poll.poll(PATIENCE * 1000))
