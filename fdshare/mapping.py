@@ -20,16 +20,20 @@ import bisect
 import ctypes
 import errno
 import fcntl
+import gc
 import mmap
+import operator
 import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fdshare import memory
 from fdshare.errors import DecodeError, SealError
-from fdshare.handle import FdHandle, _arm, hand_over, unarmed
+from fdshare.handle import FdHandle, hand_over
 
 __all__ = [
     "Holder",
@@ -37,9 +41,8 @@ __all__ = [
     "address_of",
     "find",
     "is_sealed",
-    "map_received",
     "map_shared",
-    "mapped_already",
+    "mapped",
 ]
 
 # The numbers are the same on Linux and FreeBSD; where there are no memory files, fcntl lacks the names.
@@ -48,10 +51,40 @@ SEAL_FUTURE_WRITE = 0x10
 """Of Linux 5.1: no new mapping can write, those that are there still can."""
 
 
-class Mapping(mmap.mmap):
-    """Shared memory as this process has it mapped; made by the functions below.  It owns its descriptor."""
+class Descriptor:
+    """Owns a descriptor, which is closed when the last reference goes: by C functions alone, where an interrupt cannot strike.
 
-    handle: FdHandle | None = None
+    A ``__del__`` is Python code: a KeyboardInterrupt that is raised at its beginning is lost, and the descriptor with it.
+    """
+
+    __slots__ = ("__weakref__", "fd")
+
+    fd: int
+
+    def __init__(self, handle: FdHandle) -> None:
+        """Spend ``handle``."""
+        self.fd = handle.fileno()
+        closer = _Closer(self, operator.methodcaller("close"))  # called as methodcaller(closer)
+        closer.close = int  # does nothing
+        _closers[self.fd] = closer  # a weak reference has to be alive when its object goes
+        hand_over(handle, _arm_closer, closer, partial(os.close, self.fd))
+
+
+class _Closer(weakref.ref[Descriptor]):
+    __slots__ = ("close",)
+
+    close: Callable[[], object]
+
+
+_arm_closer: Any = vars(_Closer)["close"].__set__  # of the slot: a C function
+_closers: dict[int, _Closer] = {}
+
+
+class Mapping(mmap.mmap):
+    """Shared memory as this process has it mapped; made by the functions below."""
+
+    descriptor: Descriptor
+    """Also of the mapping that takes the place of this one."""
     start = 0
     """Its address."""
     extent = 0
@@ -65,13 +98,7 @@ class Mapping(mmap.mmap):
     @property
     def fd(self) -> int:
         """The borrowed descriptor."""
-        assert self.handle is not None
-        return self.handle.fileno()
-
-    def __del__(self) -> None:
-        _forget(self)  # before the address can belong to something else
-        if self.handle is not None:
-            self.handle.close()
+        return self.descriptor.fd
 
 
 class Holder:
@@ -97,8 +124,7 @@ class Holder:
         with _sealing:
             mapping = self._mapping
             if mapping.closed:
-                assert mapping.handle is not None
-                self._mapping = mapping = map_shared(mapping.handle)
+                self._mapping = mapping = _map(mapping.descriptor)
                 mapping.holder = weakref.ref(self)
             return mapping
 
@@ -122,6 +148,8 @@ class Holder:
             # A view is a reference, and so is an array that NumPy made of one: that exports nothing, and would be left with an
             # address at which nothing is.
             if self.references() > _UNUSED:
+                gc.collect()  # what only a cycle of garbage holds is held by nobody
+            if self.references() > _UNUSED:
                 raise SealError(
                     errno.EBUSY,
                     "something in this process still looks into the memory, a view of its buf or an array: let go of it first",
@@ -142,12 +170,14 @@ class Holder:
 
 
 # --- the tables ---------------------------------------------------------------------------------------------------------
-# A mapping may go at any time, also inside of what holds the lock.
+# What stands for a mapping outlives it, dead, until it is swept.
 
 _by_address: dict[int, tuple[int, weakref.ref[Mapping]]] = {}  # start: (end, mapping)
 _by_file: dict[tuple[int, int], weakref.ref[Mapping]] = {}
 _starts: list[int] | None = []
 """The keys of ``_by_address`` in order; None where they have changed."""
+_sweep_at = 64
+"""Entries from which on the dead ones are swept: twice what was alive the last time, so that sweeping costs little."""
 
 _changing = threading.RLock()
 """Held while the tables change."""
@@ -169,17 +199,30 @@ def _enter(mapping: Mapping) -> None:
     global _starts
     entry = mapping.entry = weakref.ref(mapping)
     with _changing:
-        _by_file[mapping.file] = entry
+        if max(len(_by_address), len(_by_file)) >= _sweep_at:
+            _sweep()
         _by_address[mapping.start] = (mapping.start + mapping.extent, entry)
+        _by_file[mapping.file] = entry  # last: what is found here is known there
         _starts = None
+
+
+def _sweep() -> None:
+    global _sweep_at
+    for start, (_, entry) in list(_by_address.items()):
+        if entry() is None:
+            del _by_address[start]
+    for file, entry in list(_by_file.items()):
+        if entry() is None:
+            del _by_file[file]
+    _sweep_at = max(64, 2 * len(_by_address), 2 * len(_by_file))
 
 
 def _forget(mapping: Mapping) -> None:
     global _starts
     with _changing:
-        if mapping.entry is not None and _by_file.get(mapping.file) is mapping.entry:
+        if _by_file.get(mapping.file) is mapping.entry:
             del _by_file[mapping.file]
-        if mapping.entry is not None and _by_address.get(mapping.start, (0, None))[1] is mapping.entry:
+        if _by_address.get(mapping.start, (0, None))[1] is mapping.entry:
             del _by_address[mapping.start]
         _starts = None
 
@@ -191,16 +234,14 @@ def find(address: int, size: int) -> tuple[Mapping, int] | None:
     if starts is None:
         with _changing:
             starts = _starts = sorted(_by_address)
-    place = bisect.bisect_right(starts, address) - 1
-    if place < 0:
-        return None
-    entry = _by_address.get(starts[place])
-    if entry is None or address + size > entry[0] or address >= entry[0]:
-        return None
-    mapping = entry[1]()
-    if mapping is None or mapping.closed:
-        return None
-    return mapping, address - mapping.start
+    for place in range(bisect.bisect_right(starts, address) - 1, -1, -1):
+        end, entry = _by_address.get(starts[place], (0, None))
+        mapping = None if entry is None else entry()
+        if mapping is not None and not mapping.closed:
+            inside = address < end and address + size <= end
+            return (mapping, address - mapping.start) if inside else None
+        # It is gone, or never was there in full: what lies before it may reach further.
+    return None
 
 
 # --- addresses ----------------------------------------------------------------------------------------------------------
@@ -238,10 +279,9 @@ def address_of(view: Any) -> int:
         BufferError, TypeError: it has none, or it is not contiguous.
     """
     buffer = _Buffer()
-    _get_buffer(view, buffer, 0)
-    address = buffer.buf or 0
-    _release_buffer(buffer)
-    return address
+    # One after the other by C functions alone: an interrupt between them would leave the memory exported for ever.
+    any(map(operator.call, (partial(_get_buffer, view, buffer, 0), partial(_release_buffer, buffer))))
+    return buffer.buf or 0
 
 
 # --- mapping ------------------------------------------------------------------------------------------------------------
@@ -276,9 +316,15 @@ def map_shared(handle: FdHandle, status: os.stat_result | None = None, seals: in
         status, seals: of the file, where the caller has asked already.
 
     Raises:
-        OSError, MemoryError, ValueError, OverflowError: it cannot be mapped; ``handle`` is as before.
+        OSError, MemoryError, ValueError, OverflowError: it cannot be mapped; ``handle`` is spent too.
     """
-    fd = handle.fileno()
+    # An owner of its own: a handle that came with a message is closed with the message where the rest of that fails, and
+    # this mapping may have been found by another message meanwhile.
+    return _map(Descriptor(handle), status, seals)
+
+
+def _map(descriptor: Descriptor, status: os.stat_result | None = None, seals: int | None = None) -> Mapping:
+    fd = descriptor.fd
     status = status or os.fstat(fd)
     size = status.st_size
     writable = not (_seals(fd) if seals is None else seals) & (SEAL_WRITE | SEAL_FUTURE_WRITE)
@@ -288,13 +334,10 @@ def map_shared(handle: FdHandle, status: os.stat_result | None = None, seals: in
         if not writable:
             raise
         mapping = _map_file(fd, size, mmap.PROT_READ)  # a descriptor that was opened for reading
+    mapping.descriptor = descriptor
     mapping.extent = size
     mapping.file = status.st_dev, status.st_ino
     mapping.start = address_of(mapping)
-    # A handle of its own: one that came with a message is closed with the message where the rest of that fails, and
-    # this mapping may have been found by another message meanwhile.
-    mapping.handle = unarmed()
-    hand_over(handle, _arm, mapping.handle, fd)
     _enter(mapping)
     return mapping
 
@@ -307,29 +350,31 @@ def _seals(fd: int) -> int:
         return 0
 
 
-def mapped_already(status: os.stat_result) -> Mapping | None:
-    """Return the mapping that this process has of a file, or None."""
-    with _sealing:
-        entry = _by_file.get((status.st_dev, status.st_ino))
-        mapping = None if entry is None else entry()
-        return None if mapping is None or mapping.closed else mapping
+def mapped(fd: int, take: Callable[[], FdHandle]) -> Mapping:
+    """Return the mapping of a file that came from another process: the one that is there already, or a new one of all of it.
 
-
-def map_received(handle: FdHandle, status: os.stat_result) -> Mapping:
-    """Map the whole of a file that came from another process, and spend ``handle``.
+    Args:
+        fd: its descriptor, borrowed.
+        take: gives the handle for a new mapping, which spends it.
 
     Raises:
-        DecodeError: it is not memory that can be mapped safely, or there is no room; ``handle`` is as before.
+        DecodeError: it is not memory that can be mapped safely, or there is no room.
     """
-    seals = _seals(handle.fileno())
-    if memory.HAVE_MEMFD and not seals & SEAL_SHRINK:
-        raise DecodeError("shared memory arrived that is not sealed against shrinking")
-    if not status.st_size:
-        raise DecodeError("shared memory arrived that is empty")
-    try:
-        return map_shared(handle, status, seals)
-    except (OSError, MemoryError, ValueError, OverflowError) as error:
-        raise DecodeError(f"no room to map shared memory of {status.st_size} bytes: {error}") from error
+    status = os.fstat(fd)
+    with _sealing:  # so that there is one mapping of a file, and nobody gets it while it is replaced
+        entry = _by_file.get((status.st_dev, status.st_ino))
+        mapping = None if entry is None else entry()
+        if mapping is not None and not mapping.closed:
+            return mapping
+        seals = _seals(fd)
+        if memory.HAVE_MEMFD and not seals & SEAL_SHRINK:
+            raise DecodeError("shared memory arrived that is not sealed against shrinking")
+        if not status.st_size:
+            raise DecodeError("shared memory arrived that is empty")
+        try:
+            return map_shared(take(), status, seals)
+        except (OSError, MemoryError, ValueError, OverflowError) as error:
+            raise DecodeError(f"no room to map shared memory of {status.st_size} bytes: {error}") from error
 
 
 # --- sealing ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ would arrive as something that is not shared any more, without a word.  Other pi
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from fdshare import reducers
 from fdshare.errors import DecodeError
 from fdshare.handle import Outside, format_of
-from fdshare.mapping import Mapping, address_of, find, map_received, mapped_already
+from fdshare.mapping import Mapping, address_of, find, mapped
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,8 +43,7 @@ def reduce_mapping(mapping: Mapping, context: reducers.Context) -> reducers.Redu
 
 
 def rebuild_mapping(index: int, format: int) -> Mapping:
-    status = os.fstat(reducers.peek(index))
-    return mapped_already(status) or map_received(reducers.take(index, format), status)
+    return mapped(reducers.peek(index), lambda: reducers.take(index, format))
 
 
 # --- buffers --------------------------------------------------------------------------------------------------------------

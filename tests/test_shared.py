@@ -6,6 +6,7 @@ import array
 import copy
 import errno
 import fcntl
+import gc
 import io
 import mmap
 import multiprocessing
@@ -21,6 +22,8 @@ from typing import Any
 
 import pytest
 from helpers import METHODS, TRANSPORTS, bare_pair, capture, close_pieces, running, wait_until
+from test_interrupts import Interrupter, expect_drops
+from test_limits import NoRoom
 
 import fdshare
 from fdshare import (
@@ -66,6 +69,14 @@ def descriptors() -> int:
 
 def mappings() -> int:
     return Path("/proc/self/maps").read_text().count(allocation.NAME)
+
+
+def live_mappings() -> int:
+    """How many mappings the tables know that are there."""
+    tables = [entry() for _, entry in mapping._by_address.values()] + [
+        entry() for entry in mapping._by_file.values()
+    ]
+    return sum(found is not None for found in tables)
 
 
 # what it is
@@ -305,8 +316,17 @@ def test_threads_that_receive_and_drop_the_same_memory() -> None:
     with running(*(exchange(place) for place in range(4))):
         stop.wait(30)
     shared.close()
-    assert not mapping._by_address
-    assert not mapping._by_file
+    assert live_mappings() == 0
+
+
+def test_tables_do_not_grow() -> None:
+    kept = [SharedMemory(10) for _ in range(100)]
+    for _ in range(2000):
+        SharedMemory(10)
+    assert len(mapping._by_file) < 500
+    assert len(mapping._by_address) < 500
+    assert live_mappings() >= 200
+    assert len(kept) == 100
 
 
 # its size stays
@@ -660,6 +680,62 @@ def test_memory_lives_on_when_its_maker_is_killed_and_goes_with_the_last_holder(
         other.close()
 
 
+# interrupts and limits
+
+
+def _interrupted(seed: int) -> int:
+    expect_drops()
+    interrupt = Interrupter(120e-6, seed)
+    kept = [SharedMemory(100) for _ in range(3)]
+    a, b = fdshare.Pipe()
+    with a, b:
+
+        def make() -> None:
+            SharedMemory.from_buffer(bytes(5000)).seal()
+
+        def exchange() -> None:
+            a.send([kept, SharedMemory(10)])
+            b.recv()[0][1].buf[0] = 1
+
+        def seal() -> None:
+            kept[2].seal()
+            kept[2] = SharedMemory(100)
+
+        for turn in range(600):
+            interrupt((make, exchange, seal)[turn % 3])
+            while b.poll():
+                b.recv()
+        interrupt.stop()
+        gc.collect()
+        a.send(kept)
+        again = b.recv()
+        for shared, other in zip(kept, again, strict=True):
+            if not shared.sealed:
+                shared.buf[0] = 5
+                assert other.buf[0] == 5
+    return interrupt.hits
+
+
+def test_interrupts_leave_nothing_behind() -> None:
+    assert checked_child(_interrupted, 1, method="fork") > 50
+
+
+def test_receiver_at_its_descriptor_limit() -> None:
+    shared = SharedMemory(10)
+    a, b = fdshare.Pipe()
+    with a, b:
+        a.send([shared, Own(shared.buf), Own(shared.buf[5:])])
+        shared.close()
+        gc.collect()
+        with NoRoom(0) as room:
+            with pytest.raises(FdLimitError):
+                b.recv()
+            room.make_room(1)
+            first, second, third = b.recv()
+        first.buf[5] = 7
+        assert (second.memory[5], third.memory[0]) == (7, 7)
+
+
 # what a receiver refuses
 
 
@@ -704,8 +780,8 @@ def memory_file(size: int, *, seals: int | None = None) -> int:
         (lambda: memory_file(0, seals=fcntl.F_SEAL_SHRINK), "empty"),
         (lambda: memory_file(1 << 62, seals=fcntl.F_SEAL_SHRINK), "no room"),
         (lambda: os.open(__file__, os.O_RDONLY | os.O_CLOEXEC), "not sealed"),
-        (lambda: os.pipe2(os.O_CLOEXEC)[0], "declared"),
-        (lambda: os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC), "declared"),
+        (lambda: os.pipe2(os.O_CLOEXEC)[0], "not sealed"),
+        (lambda: os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC), "not sealed"),
     ],
     ids=["unsealed", "can_shrink", "empty", "too_large", "a_file", "a_pipe", "a_device"],
 )

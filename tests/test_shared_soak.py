@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import pytest
 from helpers import running
+from test_shared import live_mappings
 
 import fdshare
-from fdshare import SealError, SharedMemory, mapping
+from fdshare import SealError, SharedMemory
 
 np = pytest.importorskip("numpy")
 
@@ -92,5 +93,4 @@ def test_everything_at_once() -> None:
     assert min(counts.values()) > 10
     pool.clear()
     gc.collect()
-    assert not mapping._by_address
-    assert not mapping._by_file
+    assert live_mappings() == 0
