@@ -92,7 +92,8 @@ def make_server(
 
     Args:
         config: host, port, uds and fd in it are not used.
-        sockets: what ``Handover.listen`` returned.
+        handover: closed by the server's end.
+        sockets: what its ``listen`` returned.
         drain: as for :func:`run`.
 
     Raises:
@@ -175,6 +176,8 @@ def _server_class() -> Any:
                 await self.retire()
             self.acceptors.close()
             await super().shutdown(sockets=[])
+            # Not later: uvicorn ends by the signal that has come, and this process with it.
+            await asyncio.to_thread(self.handover.close)
 
         async def retire(self) -> None:
             """Answer what comes on the connections that there are, with a word that it is the last answer."""

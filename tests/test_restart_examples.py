@@ -1,0 +1,117 @@
+"""The examples of hot restarts as real processes: one generation after the other, each with its own words."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 40.0
+
+EXAMPLES = {"hot_restart_asyncio.py": r"serves http", "hot_restart_uvicorn.py": r"serves at"}
+
+
+class Program:
+    def __init__(self, name: str, *arguments: object) -> None:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path},
+            text=True,
+        )
+        self.output = ""
+
+    def wait_for(self, pattern: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if re.search(pattern, line):
+                return
+        pytest.fail(f"it ended without a word of {pattern!r}:\n{self.output}")
+
+    def ended(self) -> int:
+        output, _ = self.process.communicate(timeout=TIMEOUT)
+        self.output += output
+        return self.process.returncode
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self.process:
+            if self.process.poll() is None:
+                self.process.kill()
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
+
+
+def ask(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=TIMEOUT) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_generations_of_an_example(name: str, tmp_path: Path, stack: ExitStack) -> None:
+    if "uvicorn" in name:
+        pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    arguments = ["--port", port, "--control", tmp_path / "control"]
+    first = stack.enter_context(Program(name, *arguments, "--greeting", "first"))
+    first.wait_for(EXAMPLES[name])
+    assert ask(port) == f"first from {first.process.pid}\n"
+
+    crashed = stack.enter_context(Program(name, *arguments, "--crash"))
+    assert crashed.ended() != 0
+    assert "as I was told" in crashed.output
+    assert ask(port) == f"first from {first.process.pid}\n"
+
+    # An idle connection moves: its next request is answered by the next generation.
+    idle = stack.enter_context(socket.create_connection(("127.0.0.1", port), TIMEOUT))
+    words = idle.makefile("rb")
+    stack.callback(words.close)
+    idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    answer = read_answer(words)
+    assert answer == f"first from {first.process.pid}\n".encode()
+
+    second = stack.enter_context(Program(name, *arguments, "--greeting", "second"))
+    second.wait_for(EXAMPLES[name])
+    assert first.ended() == 0, first.output
+    assert ask(port) == f"second from {second.process.pid}\n"
+    idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert read_answer(words) == f"second from {second.process.pid}\n".encode()
+    assert words.read() == b""
+
+    second.process.send_signal(signal.SIGHUP)  # the third is its own doing, and nobody's child
+    second.wait_for("generation 2|Generation 2")
+    third = re.findall(r"from (\d+)", ask(port))[0]
+    assert int(third) not in (first.process.pid, second.process.pid)
+    os.kill(int(third), signal.SIGTERM)
+    second.ended()
+    assert not (tmp_path / "control").exists()
+
+
+def read_answer(words: object) -> bytes:
+    """Read one answer off a connection; return its body."""
+    length = 0
+    while (line := words.readline().lower()) != b"\r\n":  # type: ignore[attr-defined]
+        assert line, "the connection has ended"
+        if line.startswith(b"content-length:"):
+            length = int(line.split(b":")[1])
+    return bytes(words.read(length))  # type: ignore[attr-defined]
