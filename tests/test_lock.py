@@ -542,22 +542,24 @@ def _interrupted(mechanism: str, seed: int, times: int) -> int:
 
     thread = threading.Thread(target=contend)
     thread.start()
-    for _ in range(times):
-        try:
-            armed = True
-            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 300e-6))
-            while True:
-                lock.acquire()
+    try:
+        for _ in range(times):
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 300e-6))
+                while True:
+                    lock.acquire()
+                    lock.release()
+            except KeyboardInterrupt:
+                hits += 1
+            if lock._owner:  # struck between the two
                 lock.release()
-        except KeyboardInterrupt:
-            hits += 1
-        if lock._owner:  # struck between the two
+            assert lock.acquire(timeout=20), "it was taken by an interrupted call"
             lock.release()
-        assert lock.acquire(timeout=20), "it was taken by an interrupted call"
-        lock.release()
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    stop.set()
-    thread.join()
+    finally:  # a failure must not leave a process behind that contends for ever
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        stop.set()
+        thread.join()
     return hits
 
 
