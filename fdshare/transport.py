@@ -411,7 +411,7 @@ class Transport:
     def _receive_now(self) -> Packet | None:
         raise NotImplementedError
 
-    def receive_few(self) -> tuple[memoryview, HandleList] | None:
+    def receive_few(self, now: bool = False) -> tuple[memoryview, HandleList] | None:
         """Receive a small message with some descriptors the short way; None where there is none."""
         return None
 

@@ -141,10 +141,11 @@ class SeqpacketTransport(_Greeted):
         self.arrived = None
         return memoryview(data)[wire.HEADER_SIZE :], NO_HANDLES
 
-    def receive_few(self) -> tuple[memoryview, HandleList] | None:
-        """Receive what the notice in ``arrived`` announces the short way, blocking; None where it takes the long one.
+    def receive_few(self, now: bool = False) -> tuple[memoryview, HandleList] | None:
+        """Receive what the notice in ``arrived`` announces the short way; None where it takes the long one.
 
-        Only while there is no other thread.  Whatever is unusual is left as it is: ``receive`` goes on from there.
+        Blocking, unless ``now``.  Only while there is no other thread.  Whatever is unusual is left as it is, for ``receive``
+        to go on from there.
         """
         notice = wire.unpack_notice(self.arrived[0])
         count = notice.descriptors
@@ -154,7 +155,7 @@ class SeqpacketTransport(_Greeted):
         self._noticed.append(notice)
         self.arrived = None
         try:
-            for self.arrived in map(Arrived, self.arrivals):  # noqa: B020 -- see transport.py
+            for self.arrived in map(Arrived, self.arrivals_now if now else self.arrivals):  # noqa: B020 -- see transport.py
                 break
         except OSError:
             return None
