@@ -1,15 +1,15 @@
 """``TaskFuture``: a future that can still cancel what no worker has begun, and whose waiting thread may fetch the answer itself.
 
-The standard Future makes a Condition for itself, which is half of a small task's time in the parent.  This one makes it when
-somebody asks: another thread's ``wait``, a callback, a second waiter.  Whoever asks thereby says that he relies on the manager
-thread, so a thread that reads the answer for itself (see leading.py) gives way to it.
+The standard Future makes a Condition for itself, which takes longer than all else of it.  This one makes it when somebody
+asks: ``wait``, ``as_completed``, a callback.  Whoever asks thereby says that he relies on the manager thread, so a thread that
+reads the answer for itself (see leading.py) gives way to it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from _thread import RLock
+from _thread import RLock, allocate_lock
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import _base as states
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,27 @@ if TYPE_CHECKING:
 
 __all__ = ["TaskFuture"]
 
-_PENDING, _RUNNING, _FINISHED = states.PENDING, states.RUNNING, states.FINISHED
-_CANCELLED = (states.CANCELLED, states.CANCELLED_AND_NOTIFIED)
 MANAGER_SECONDS = 0.1
 """How long a look at a future waits for the manager to settle it, seconds: the manager may be in somebody's callback."""
 
-_SETTLED = (_FINISHED, *_CANCELLED)
+_PENDING, _RUNNING, _FINISHED = states.PENDING, states.RUNNING, states.FINISHED
+_SETTLED = (_FINISHED, states.CANCELLED, states.CANCELLED_AND_NOTIFIED)
+
+
+class _Waiter:
+    """A thread that waits for one future, among the ``_waiters`` of it."""
+
+    __slots__ = ("lock",)
+
+    def __init__(self) -> None:
+        self.lock = allocate_lock()
+        self.lock.acquire()
+
+    def add_result(self, future: Future[Any]) -> None:
+        """Wake the thread."""
+        self.lock.release()
+
+    add_exception = add_cancelled = add_result
 
 
 class TaskFuture(Future[Any]):
@@ -58,10 +73,14 @@ class TaskFuture(Future[Any]):
         if condition is None:
             self._look()
             condition = self.__dict__.setdefault("watched", threading.Condition(self._lock))
-            task = self._task
-            if task is not None and (worker := task.worker) is not None and worker.is_led:
-                task.pool.attend(worker)  # it began to be led since
+            self._rely_on_manager()
         return condition
+
+    def _rely_on_manager(self) -> None:
+        """Send away who leads, after having made sure that nobody begins to."""
+        task = self._task
+        if task is not None and (worker := task.worker) is not None and worker.is_led:
+            task.pool.attend(worker)
 
     def _look(self) -> None:
         """Settle it if its answer lies unseen in the kernel; from now on the manager is to see it."""
@@ -71,13 +90,10 @@ class TaskFuture(Future[Any]):
         lead(task, self, 0.0)
         if self._state in _SETTLED:
             return
-        there = parcel.has_arrived(worker.channel)
-        task.pool.attend(worker)
-        if there:
-            with self._lock:
-                condition = self.__dict__.setdefault("watched", threading.Condition(self._lock))
-                if self._state not in _SETTLED:
-                    condition.wait(MANAGER_SECONDS)
+        if parcel.has_arrived(worker.channel):
+            self._is_settled_in(MANAGER_SECONDS)
+        else:
+            task.pool.attend(worker)
 
     # --- for whoever waits -------------------------------------------------------------------------------------------
 
@@ -127,15 +143,31 @@ class TaskFuture(Future[Any]):
         deadline = None if timeout is None else time.monotonic() + timeout
         if task is not None and (timeout is None or timeout > 0):
             lead(task, self, deadline)
+        else:
+            self._look()
+        if self._state in _SETTLED:
+            return
+        if not self._is_settled_in(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+
+    def _is_settled_in(self, timeout: float | None) -> bool:
+        """Wait for the manager to settle it; return whether it did.
+
+        By a lock of one's own.  An interrupt in a Condition may leave it locked for ever, and the manager waiting for it.
+        """
+        waiter = _Waiter()
+        with self._lock:
             if self._state in _SETTLED:
-                return
-        condition = self._condition
-        with condition:
-            if self._state in _SETTLED:
-                return
-            condition.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if self._state not in _SETTLED:
-                raise TimeoutError
+                return True
+            self._waiters.append(waiter)
+        try:
+            self._rely_on_manager()
+            waiter.lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        finally:
+            with self._lock:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+        return self._state in _SETTLED
 
     def done(self) -> bool:
         """Whether the call is settled."""
@@ -150,7 +182,7 @@ class TaskFuture(Future[Any]):
     @property
     def may_be_led(self) -> bool:
         """Whether nobody relies on the manager to settle it; see leading.py."""
-        return self.watched is None and not self._done_callbacks
+        return not self._waiters and not self._done_callbacks and self.watched is None
 
     # --- for the pool -----------------------------------------------------------------------------------------------
 
