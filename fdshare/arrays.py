@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fdshare import allocation, reducers, wire
 from fdshare.codec import PROTOCOL
 from fdshare.handle import FdHandle
-from fdshare.mapping import find
-from fdshare.references import make_array, open_window
+from fdshare.references import find_array, make_array, open_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +75,7 @@ def share(obj: T) -> T:
     if numpy is not None and isinstance(obj, numpy.ndarray):
         if obj.dtype.hasobject:
             raise TypeError(_OBJECTS)
-        if find(obj.__array_interface__["data"][0], 0) is not None:
+        if find_array(obj) is not None:
             return obj
     file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
     sharer = Sharer(file, PROTOCOL, buffer_callback=buffers.append)

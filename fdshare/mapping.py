@@ -162,7 +162,7 @@ class Holder:
             except OSError as error:
                 raise SealError(
                     error.errno or errno.EBUSY,
-                    "another process has the memory mapped for writing, a receiver or a child that was forked: "
+                    "the memory is mapped for writing elsewhere, by a process that received it or was forked from this one: "
                     "seal before you send",
                 ) from error
             finally:

@@ -64,7 +64,9 @@ class Window:
 def find_window(view: memoryview) -> Window | None:
     """Return the window for a contiguous buffer; None where it lies elsewhere, or has no bytes."""
     size = view.nbytes
-    found = find(address_of(view), size) if size else None
+    if not size:
+        return None
+    found = find_array(view.obj) if type(view.obj) in _arrays else find(address_of(view), size)
     return None if found is None else Window(*found, size, view.readonly)
 
 
@@ -83,17 +85,28 @@ def open_window(mapping: Mapping, offset: int, size: int, readonly: bool) -> mem
 # --- arrays ---------------------------------------------------------------------------------------------------------------
 
 
+_arrays: set[type] = set()
+"""NumPy's classes that are taken here, once NumPy is there."""
+
+
+def find_array(array: Any) -> tuple[Mapping, int] | None:
+    """Return the mapping in which an array lies, and the offset of its first element there; None where it lies elsewhere."""
+    base: Any = array
+    while type(base) in _arrays:  # one or two steps
+        base = base.base
+    return None if base is None else find(array.ctypes.data, 0)
+
+
 def reduce_array(array: NDArray[Any], context: reducers.Context) -> reducers.Reduced:
     """Take an array that lies in shared memory; leave any other to NumPy's own reduction."""
-    if array.base is None:  # its memory is its own
-        return NotImplemented
-    found = find(array.__array_interface__["data"][0], 0)
+    found = find_array(array)
     dtype = array.dtype
     if found is None or dtype.hasobject:
         return NotImplemented
     strides = None if array.flags.c_contiguous else array.strides
     # A name is shorter and faster than a dtype object; fields, byte orders and types of other libraries need the object.
     kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
+    attend_numpy()
     cls = type(array)
     subclass = () if cls is sys.modules["numpy"].ndarray else (cls,)
     return rebuild_array, (found[0], kind, array.shape, strides, found[1], array.flags.writeable, *subclass)
@@ -168,12 +181,13 @@ def attend_numpy() -> None:
     """Teach multiprocessing's pickler about arrays; once NumPy is there, and memory that one may look into."""
     numpy = sys.modules["numpy"]
     for cls in (numpy.ndarray, numpy.recarray, numpy.matrix):
+        _arrays.add(cls)
         ForkingPickler.register(cls, reduce_for_processes)
 
 
 def reduce_for_processes(array: NDArray[Any]) -> Any:
     """Return what pickle would, but for an array in shared memory a way to it; raises as the broker does."""
-    if array.base is None or find(array.__array_interface__["data"][0], 0) is None:
+    if find_array(array) is None:
         return array.__reduce__()
     return Outside.reduce(array)
 

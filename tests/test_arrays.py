@@ -29,11 +29,11 @@ from fdshare import (
     SharedMemory,
     handoff,
     memory,
-    reducers,
     share,
     shared_array,
 )
 from fdshare.allocation import allocate
+from fdshare.mapping import address_of, find
 from fdshare.references import rebuild_array
 from fdshare.testing import Child, checked_child
 
@@ -383,6 +383,14 @@ def test_mixed_with_memory_descriptors_and_values(pair: tuple[Channel, Channel],
     assert ordinary[0] == 0
 
 
+def test_array_that_another_class_lends(pair: tuple[Channel, Channel]) -> None:
+    array, ordinary = shared_array(10, "u1"), np.zeros(10, "u1")
+    one, part, copy_ = sent(pair, [Own(array), Own(array[3:]), Own(ordinary)])
+    one.memory[4] = 5
+    copy_.memory[0] = 1
+    assert (part.memory[1], array[4], ordinary[0]) == (5, 5, 0)
+
+
 def test_array_in_a_function(pair: tuple[Channel, Channel]) -> None:
     """By way of cloudpickle."""
     array = shared_array(10)
@@ -626,7 +634,8 @@ def test_no_space_to_share() -> None:
 
 
 def lies_in_shared_memory(buffer: Any) -> bool:
-    return reducers.find_window is not None and reducers.find_window(memoryview(buffer)) is not None
+    view = memoryview(buffer)
+    return find(address_of(view), view.nbytes) is not None
 
 
 def _double(table: Any) -> Any:
