@@ -107,6 +107,27 @@ def test_generations_of_an_example(name: str, tmp_path: Path, stack: ExitStack) 
     assert not (tmp_path / "control").exists()
 
 
+def test_generations_of_the_gunicorn_example(tmp_path: Path, stack: ExitStack) -> None:
+    pytest.importorskip("gunicorn")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    arguments = ["--port", port, "--control", tmp_path / "control", "--workers", 1]
+    first = stack.enter_context(Program("hot_restart_gunicorn.py", *arguments, "--greeting", "first"))
+    first.wait_for("Booting worker")
+    assert ask(port).startswith("first from ")
+    crashed = stack.enter_context(Program("hot_restart_gunicorn.py", *arguments, "--crash"))
+    assert crashed.ended() != 0
+    assert "as_I_was_told" in crashed.output
+    assert ask(port).startswith("first from ")
+    second = stack.enter_context(Program("hot_restart_gunicorn.py", *arguments, "--greeting", "second"))
+    second.wait_for("Booting worker")
+    assert first.ended() == 0, first.output
+    assert ask(port).startswith("second from ")
+    second.process.terminate()
+    assert second.ended() == 0
+    assert not (tmp_path / "control").exists()
+
+
 def read_answer(words: object) -> bytes:
     """Read one answer off a connection; return its body."""
     length = 0
