@@ -380,9 +380,10 @@ def mapped(fd: int, take: Callable[[], FdHandle]) -> Mapping:
 # --- sealing ------------------------------------------------------------------------------------------------------------
 
 
-def is_sealed(mapping: Mapping) -> bool:
-    """Whether nobody can change the memory any more."""
-    return bool(_seals(mapping.fd) & SEAL_WRITE)
+def is_sealed(fd: int) -> bool:
+    """Whether nobody can change a file any more, nor shorten it."""
+    seals = SEAL_WRITE | SEAL_SHRINK
+    return _seals(fd) & seals == seals
 
 
 _UNUSED = Holder(object()).references()  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare import allocation, reducers, references
 from fdshare.errors import ClosedError, DecodeError
-from fdshare.handle import Outside
-from fdshare.mapping import Holder, Mapping, is_sealed
+from fdshare.handle import FdHandle, Outside
+from fdshare.mapping import Holder, Mapping, is_sealed, mapped
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -62,6 +62,24 @@ class SharedMemory:
         view = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
         return rebuild_memory(allocation.copy_in([view]), len(view))
 
+    @classmethod
+    def from_handle(cls, handle: FdHandle, *, sealed: bool = False) -> SharedMemory:
+        """Consume a descriptor that came without pickle, as in a typed message or by ``recv_fds``: hold the memory behind it.
+
+        Args:
+            handle: of a memory file of this library, or any other that is sealed against shrinking.
+            sealed: True takes only memory that nobody can change any more, as from a stranger.
+
+        Raises:
+            DecodeError: it is no such memory, and ``handle`` stays usable; or there is no room to map it.
+            ClosedError: ``handle`` is closed.
+        """
+        if sealed and not is_sealed(handle.fileno()):
+            raise DecodeError("this memory is not sealed: its sender could change it while it is read")
+        mapping = mapped(handle.fileno(), lambda: handle)
+        handle.close()  # where this process had it already
+        return rebuild_memory(mapping, mapping.extent)
+
     @property
     def buf(self) -> memoryview:
         """The memory, as a new view each time; read-only once it is sealed.
@@ -81,7 +99,7 @@ class SharedMemory:
     @property
     def sealed(self) -> bool:
         """Whether nobody can change it any more.  Raises ClosedError where this holder is closed."""
-        return is_sealed(self._held().get())
+        return is_sealed(self._held().get().fd)
 
     def seal(self) -> None:
         """Make it unchangeable for everybody and for ever, so that it is safe to share with strangers; twice is harmless.

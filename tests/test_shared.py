@@ -14,6 +14,7 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import stat
 import threading
 from collections.abc import Callable
@@ -503,6 +504,51 @@ def test_memory_whose_descriptor_cannot_write() -> None:
     received = decode(rebuild_memory, Lent(stat.S_IFREG), 10, handles=[fd])
     assert bytes(received.buf) == b"0123456789"
     assert received.buf.readonly
+
+
+# descriptors that come without pickle
+
+
+def test_from_handle_by_bare_descriptors() -> None:
+    shared = SharedMemory.from_buffer(b"for strangers")
+    shared.seal()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, FdHandle.dup(shared) as handle:
+        fdshare.send_fds(ours, [b"memory"], [handle])
+        _, (received,) = fdshare.recv_fds(theirs, 10, 1)
+        other = SharedMemory.from_handle(received, sealed=True)
+        assert received.closed
+        shared.close()
+        assert bytes(other.buf) == b"for strangers"
+        assert other.sealed
+
+
+def test_from_handle_maps_what_was_not_known() -> None:
+    before = descriptors(), mappings()
+    shared = SharedMemory.from_handle(FdHandle(memory_file(5000, seals=fcntl.F_SEAL_SHRINK)))
+    shared.buf[4999] = 1
+    assert (shared.size, shared.sealed) == (5000, False)
+    shared.close()
+    assert (descriptors(), mappings()) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "sealed", "reason"),
+    [
+        (lambda: memory_file(10), False, "shrinking"),
+        (lambda: memory_file(10, seals=fcntl.F_SEAL_WRITE), True, "not sealed"),
+        (lambda: memory_file(10, seals=fcntl.F_SEAL_SHRINK), True, "not sealed"),
+        (lambda: memory_file(0, seals=0xF), True, "empty"),
+        (lambda: os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), True, "not sealed"),
+    ],
+)
+def test_from_handle_refuses_what_could_hurt(make: Callable[[], int], sealed: bool, reason: str) -> None:
+    with FdHandle(make()) as handle:
+        with pytest.raises(DecodeError, match=reason):
+            SharedMemory.from_handle(handle, sealed=sealed)
+        os.fstat(handle.fileno())
+    with pytest.raises(ClosedError):
+        SharedMemory.from_handle(handle)
 
 
 # closing
