@@ -6,7 +6,6 @@ from fdshare.aio.channel import AsyncChannel, Pipe
 from fdshare.aio.endpoint import Listener, connect
 from fdshare.aio.serving import Server, serve
 from fdshare.aio.streams import MovedStream, detach, detach_transport
-from fdshare.aio.waiting import Waits
 
 __all__ = [
     "AsyncChannel",
@@ -14,7 +13,6 @@ __all__ = [
     "MovedStream",
     "Pipe",
     "Server",
-    "Waits",
     "connect",
     "detach",
     "detach_transport",

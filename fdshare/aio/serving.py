@@ -73,7 +73,11 @@ class Server:
         await asyncio.shield(self._accepting)
 
     def close(self) -> None:
-        """Stop listening; who is being served is told the end, after what has been received already.  Twice is harmless."""
+        """Stop listening; who is being served is told the end, after what has been received already.  Twice is harmless.
+
+        Raises:
+            OSError: as close(2).
+        """
         self._closing = True
         self.listener.close()
         for channel in self._channels.values():
@@ -84,6 +88,9 @@ class Server:
 
         Args:
             grace: seconds after which they are cancelled; None is what ``serve`` was told.
+
+        Raises:
+            OSError: as close(2).
         """
         self.close()
         handlers = tuple(self._channels)
