@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fdshare import allocation, reducers, wire
 from fdshare.codec import PROTOCOL
 from fdshare.handle import FdHandle
-from fdshare.references import find_array, make_array, open_window
+from fdshare.references import NO_OBJECTS, find_array, make_array, open_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Sharer", "share", "shared_array"]
 
 T = TypeVar("T")
-
-_OBJECTS = "an array of Python objects cannot be shared: they are addresses, of one process alone"
 
 
 def shared_array(shape: int | Iterable[int], dtype: Any = "float64", order: str = "C") -> NDArray[Any]:
@@ -50,7 +48,7 @@ def shared_array(shape: int | Iterable[int], dtype: Any = "float64", order: str 
     if order not in ("C", "F"):
         raise ValueError(f"order is 'C' or 'F', not {order!r}")
     if kind.hasobject:
-        raise TypeError(_OBJECTS)
+        raise TypeError(NO_OBJECTS)
     sizes = tuple(map(operator.index, shape)) if isinstance(shape, Iterable) else (operator.index(shape),)
     if min(sizes, default=0) < 0:
         raise ValueError(f"an array of shape {sizes}")
@@ -74,7 +72,7 @@ def share(obj: T) -> T:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(obj, numpy.ndarray):
         if obj.dtype.hasobject:
-            raise TypeError(_OBJECTS)
+            raise TypeError(NO_OBJECTS)
         if find_array(obj) is not None:
             return obj
     file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()

@@ -31,7 +31,17 @@ from fdshare.mapping import Mapping, address_of, find, mapped
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Window", "make_array", "open_window", "rebuild_array", "rebuild_mapping"]
+__all__ = [
+    "NO_OBJECTS",
+    "Window",
+    "find_array",
+    "make_array",
+    "open_window",
+    "rebuild_array",
+    "rebuild_mapping",
+]
+
+NO_OBJECTS = "an array of Python objects cannot be shared: they are addresses, of one process alone"
 
 
 # --- mappings -------------------------------------------------------------------------------------------------------------
@@ -63,10 +73,12 @@ class Window:
 
 def find_window(view: memoryview) -> Window | None:
     """Return the window for a contiguous buffer; None where it lies elsewhere, or has no bytes."""
-    size = view.nbytes
-    if not size:
+    size, owner = view.nbytes, view.obj
+    if not size or (
+        type(owner) in _arrays and find_array(owner) is None
+    ):  # ordinary arrays are the most, and told fast
         return None
-    found = find_array(view.obj) if type(view.obj) in _arrays else find(address_of(view), size)
+    found = find(address_of(view), size)
     return None if found is None else Window(*found, size, view.readonly)
 
 
@@ -165,9 +177,7 @@ def make_array(
     attend_numpy()
     kind = np.dtype(dtype)
     if kind.hasobject:
-        raise TypeError(
-            "an array of Python objects cannot be shared: they are addresses, of one process alone"
-        )
+        raise TypeError(NO_OBJECTS)
     # Not on the mapping itself: what NumPy takes as `buffer` it does not export, and the mapping could be closed below it.
     # frombuffer exports.
     return np.ndarray(shape, kind, np.frombuffer(mapping, np.uint8), offset, strides, order)

@@ -385,10 +385,19 @@ def test_mixed_with_memory_descriptors_and_values(pair: tuple[Channel, Channel],
 
 def test_array_that_another_class_lends(pair: tuple[Channel, Channel]) -> None:
     array, ordinary = shared_array(10, "u1"), np.zeros(10, "u1")
-    one, part, copy_ = sent(pair, [Own(array), Own(array[3:]), Own(ordinary)])
+    lent = [
+        Own(array),
+        Own(array[3:]),
+        Own(ordinary),
+        Own(memoryview(array)[3:]),
+        Own(memoryview(array[2:])[1:5]),
+    ]
+    one, part, copy_, *slices = sent(pair, lent)
     one.memory[4] = 5
     copy_.memory[0] = 1
     assert (part.memory[1], array[4], ordinary[0]) == (5, 5, 0)
+    assert [piece.memory[1] for piece in slices] == [5, 5]
+    assert len(slices[1].memory) == 4
 
 
 def test_array_in_a_function(pair: tuple[Channel, Channel]) -> None:
