@@ -1,9 +1,10 @@
 """Calls as messages: ``encode_call`` in the parent, ``FunctionCache`` in the worker.
 
-A call is encoded as ``(function, args, kwargs)``.  A function that no other process can import (of an interactive
-``__main__``, a lambda, a closure) costs ten times as much by value, so it is encoded once, as
-``(number, code, args, kwargs)``, and each worker keeps what it has loaded under that number.  That must not show: a function is
-kept only where a fresh copy would be the same, which :func:`_snapshot` decides.
+A call is encoded as ``(function, args, kwargs)``.  To look a function up by its name takes longer than all the rest of a small
+call, and one that no other process can import (of an interactive ``__main__``, a lambda, a closure) costs ten times as much
+by value.  So a function is encoded once, the call is ``(number, code, args, kwargs)``, and each worker keeps what it has
+loaded under that number.  That must not show: what goes by value is kept only where a fresh copy would be the same, which
+:func:`_snapshot` decides.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 
 import attrs
 
-from fdshare.codec import Outgoing, PickleCodec
+from fdshare.codec import PROTOCOL, Outgoing, PickleCodec, undecodable
+from fdshare.wire import ALWAYS_INLINE
 
-__all__ = ["FunctionCache", "encode_call", "run_chunk"]
+__all__ = ["FunctionCache", "encode_call", "encode_result", "run_chunk"]
 
 MAX_FUNCTIONS = 256
 """Most functions a worker keeps: those used last."""
@@ -32,6 +34,9 @@ MAX_CODE = 16 * 1024
 
 _encode = PickleCodec().encode
 _numbers = itertools.count(1)
+_PLAIN = frozenset((int, float, bool, type(None)))
+"""What pickle alone encodes as the codec does, in half of its time; and small, or else it is encoded twice."""
+
 _ATOMS = (
     int,
     float,
@@ -56,7 +61,8 @@ class _Encoded:
 
 
 _known: weakref.WeakKeyDictionary[Callable[..., Any], _Encoded] = weakref.WeakKeyDictionary()
-_by_name: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+_named: dict[int, tuple[int, bytes, weakref.ref[Any]]] = {}
+"""Number and code of functions that go by name, by their id while they live."""
 _fixed: weakref.WeakKeyDictionary[types.CodeType, bool] = weakref.WeakKeyDictionary()
 
 
@@ -69,20 +75,43 @@ def encode_call(
         NotSendableError: something in it cannot travel.
         BaseException: what any ``__reduce__`` raised beside Exceptions.
     """
-    if type(function) is types.FunctionType and function not in _by_name:
+    if type(function) is types.FunctionType:
+        named = _named.get(id(function))
+        if named is not None:
+            call = named[0], named[1], args, kwargs
+            if not kwargs and _PLAIN.issuperset(map(type, args)):
+                message = pickle.dumps(call, PROTOCOL)
+                if len(message) <= ALWAYS_INLINE:
+                    return message
+            return _encode(call)
         encoded = _encoded(function)
         if encoded is not None:
             return _encode((encoded.number, encoded.code, args, kwargs))
     return _encode((function, args, kwargs))
 
 
+def encode_result(value: Any) -> bytes | Outgoing:
+    """Encode what a call returned.
+
+    Raises:
+        NotSendableError, BaseException: as for :func:`encode_call`.
+    """
+    if type(value) in _PLAIN:
+        message = pickle.dumps(value, PROTOCOL)
+        if len(message) <= ALWAYS_INLINE:
+            return message
+    return _encode(value)
+
+
 def _encoded(function: types.FunctionType) -> _Encoded | None:
     """Return the function's code from an earlier call or made now; None where it must be encoded anew each time."""
-    if "<" not in function.__qualname__ and isinstance(_encode(function), bytes):
-        if len(_by_name) >= MAX_FUNCTIONS:
-            _by_name.clear()
-        _by_name.add(function)  # small and cheap
-        return None
+    if "<" not in function.__qualname__ and isinstance(message := _encode(function), bytes):
+        if len(_named) >= MAX_FUNCTIONS:
+            _named.clear()
+        key = id(function)
+        forget = weakref.ref(function, lambda _: _named.pop(key, None))
+        _named[key] = number, _, _ = next(_numbers), message, forget
+        return _Encoded(number, message, [])
     snapshot: list[Any] = []
     if not _snapshot(function, snapshot, set()):
         return None
@@ -180,10 +209,17 @@ class FunctionCache:
         self._functions: OrderedDict[int, Callable[..., Any]] = OrderedDict()
 
     def load(self, number: int, code: bytes) -> Callable[..., Any]:
-        """Return the function with this number, loading it where it is new."""
+        """Return the function with this number, loading it where it is new.
+
+        Raises:
+            DecodeError: it cannot be loaded here.
+        """
         function = self._functions.get(number)
         if function is None:
-            function = self._functions[number] = pickle.loads(code)
+            try:
+                function = self._functions[number] = pickle.loads(code)
+            except Exception as error:
+                raise undecodable(error) from error
             if len(self._functions) > MAX_FUNCTIONS:
                 self._functions.popitem(last=False)
         else:

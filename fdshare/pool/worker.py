@@ -20,10 +20,10 @@ from typing import Any
 
 from fdshare import parcel
 from fdshare.channel import Channel
-from fdshare.codec import Outgoing, PickleCodec
+from fdshare.codec import Outgoing
 from fdshare.errors import NotSendableError, PeerClosedError
 from fdshare.handle import FdHandle
-from fdshare.pool.calls import FunctionCache
+from fdshare.pool.calls import FunctionCache, encode_result
 from fdshare.pool.tasks import (
     CALL,
     CANNOT_RECEIVE,
@@ -37,7 +37,10 @@ from fdshare.pool.tasks import (
 
 __all__ = ["main"]
 
-_encode = PickleCodec().encode
+LOOK_EVERY = 8
+"""After so many tasks a worker that used to wait for each looks whether they come faster now: a wait in vain takes a tenth of
+a small task's time, and so does a look."""
+
 _forked = False
 
 
@@ -114,7 +117,7 @@ def _serve(channel: Channel, max_tasks: int | None, fragile: bool) -> None:
     while max_tasks is None or done < max_tasks:
         try:
             if not queued:
-                queued = bool(poll.poll(0))
+                queued = not done % LOOK_EVERY and bool(poll.poll(0))
                 if not queued:
                     # Not in the receiving call: killed there, a process may take a message along that it never saw.
                     poll.poll()
@@ -221,7 +224,7 @@ def _explained(value: Any, failure: BaseException) -> Any:
 
 def _send(channel: Channel, tag: int, value: list[Any]) -> None:
     """Encode and send the only item of ``value``; it is dropped once it has gone."""
-    message = _encode(value[0])
+    message = encode_result(value[0])
     if type(message) is bytes and channel._send_bare is not None:
         value.clear()
         parcel.send(channel, message + tag.to_bytes(8, "little"))
