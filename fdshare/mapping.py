@@ -291,7 +291,9 @@ _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 if sys.version_info >= (3, 13):
 
     def _map_file(fd: int, size: int, prot: int) -> Mapping:
-        return Mapping(fd, size, flags=mmap.MAP_SHARED, prot=prot, trackfd=False)
+        mapping = Mapping(fd, size, flags=mmap.MAP_SHARED, prot=prot, trackfd=False)
+        mapping.start = address_of(mapping)
+        return mapping
 
 else:
     # Before 3.13 a mmap object keeps a duplicate of its descriptor; an anonymous one has none, and is then mapped over.
@@ -302,7 +304,7 @@ else:
 
     def _map_file(fd: int, size: int, prot: int) -> Mapping:
         mapping = Mapping(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=prot)
-        address = address_of(mapping)
+        mapping.start = address = address_of(mapping)
         if _libc_mmap(address, size, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -337,7 +339,6 @@ def _map(descriptor: Descriptor, status: os.stat_result | None = None, seals: in
     mapping.descriptor = descriptor
     mapping.extent = size
     mapping.file = status.st_dev, status.st_ino
-    mapping.start = address_of(mapping)
     _enter(mapping)
     return mapping
 
