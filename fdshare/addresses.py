@@ -308,5 +308,7 @@ def listen_fds() -> list[tuple[str, FdHandle]]:
     if len(labels) != len(numbers):
         labels = ["unknown"] * len(numbers)
     for number in numbers:
+        os.fstat(number)  # before any of them is touched
+    for number in numbers:
         os.set_inheritable(number, False)
     return [(label, FdHandle(number)) for label, number in zip(labels, numbers, strict=True)]

@@ -94,7 +94,7 @@ def test_long_texts() -> None:
         Hello("x" * 256)
     with pytest.raises(AccessDeniedError) as caught:
         hello.unpack(hello.pack_refusal("é" * 200), PICKLE)
-    assert caught.value.strerror.endswith("é" * 127)
+    assert str(caught.value).endswith("é" * 127)
     with pytest.raises(AccessDeniedError, match=r"\?\[2J"):
         hello.unpack(hello.pack_refusal("\x1b[2J"), PICKLE)
 

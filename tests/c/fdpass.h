@@ -111,8 +111,8 @@ static inline int endpoint(const char *text)
     return peer;
 }
 
-/* Send `size` bytes with `count` descriptors in one message; the bytes must all fit. */
-static inline void send_message(int sock, const void *data, size_t size, const int *fds, size_t count)
+/* Send `size` bytes with `count` descriptors in one message; the bytes must all fit.  Return 0 where the peer has gone. */
+static inline int try_to_send(int sock, const void *data, size_t size, const int *fds, size_t count)
 {
     union {
         struct cmsghdr align;
@@ -139,10 +139,20 @@ static inline void send_message(int sock, const void *data, size_t size, const i
     do
         sent = sendmsg(sock, &message, MSG_NOSIGNAL);
     while (sent < 0 && errno == EINTR);
+    if (sent < 0 && errno == EPIPE)
+        return 0;
     if (sent < 0)
         die("sendmsg");
     if ((size_t)sent != size)
         fail("short write");
+    return 1;
+}
+
+/* The same, where the peer must be there. */
+static inline void send_message(int sock, const void *data, size_t size, const int *fds, size_t count)
+{
+    if (!try_to_send(sock, data, size, fds, count))
+        fail("the peer went away");
 }
 
 /* Receive one message: return its size, 0 at the end; `fds` has room for MAX_FDS, `count` says how many came. */
@@ -160,9 +170,10 @@ static inline size_t receive_message(int sock, void *data, size_t size, int *fds
     message.msg_control = control.room;
     message.msg_controllen = sizeof control.room;
     ssize_t received;
+    int resets = 0; /* SEQPACKET tells of a reset once, before it gives what the peer had sent and closed behind */
     do
         received = recvmsg(sock, &message, MSG_CMSG_CLOEXEC);
-    while (received < 0 && errno == EINTR);
+    while (received < 0 && (errno == EINTR || (errno == ECONNRESET && resets++ == 0)));
     if (received < 0)
         die("recvmsg");
     *count = 0;
