@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.cases import arrays, descriptors, importing, pools, shared, small, typed, waiting
+from benchmarks.cases import aio, arrays, descriptors, importing, pools, shared, small, typed, waiting
 from benchmarks.model import Case, Target
 
 __all__ = ["CASES", "select"]
@@ -99,6 +99,14 @@ CASES: tuple[Case, ...] = (
             ("fdshare", MP, "selectors"), MP,
         )
         for count in (10, 100, 1000, 10000)
+    ),
+    Case(
+        "aio-roundtrip", "small message, round trip between event loops", "Event loops", aio.run_round_trip,
+        aio.PEERS, "asyncio streams",
+    ),
+    Case(
+        "aio-oneway", "small message, one way between event loops", "Event loops", aio.run_one_way,
+        aio.PEERS, "asyncio streams",
     ),
     Case(
         "pool-tasks", "task of map, 2 workers", "Process pools", pools.run_tasks, POOL_PEERS, STANDARD_POOL,
