@@ -101,11 +101,11 @@ CASES: tuple[Case, ...] = (
         for count in (10, 100, 1000, 10000)
     ),
     Case(
-        "aio-roundtrip", "small message, round trip between event loops", "Event loops", aio.run_round_trip,
+        "aio-echo", "small message, round trip between event loops", "Event loops", aio.run_round_trip,
         aio.PEERS, "asyncio streams",
     ),
     Case(
-        "aio-oneway", "small message, one way between event loops", "Event loops", aio.run_one_way,
+        "aio-flow", "small message, one way between event loops", "Event loops", aio.run_one_way,
         aio.PEERS, "asyncio streams",
     ),
     Case(
