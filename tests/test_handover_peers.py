@@ -192,14 +192,14 @@ def test_a_successor_that_reads_nothing_cannot_serve_later(
 def test_handles_are_owned_whatever_happens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An offer that makes no sense is closed, not leaked."""
     with first(path) as (old, _):
-        what_to_offer = old.what_to_offer
+        what_to_offer = old._serving.what_to_offer
 
         def nonsense() -> dict[str, object]:
             offer = dict(what_to_offer())
             offer["listeners"] = {**offer["listeners"], "bad": ("spec", FdHandle.dup(0))}
             return offer
 
-        monkeypatch.setattr(old, "what_to_offer", nonsense)
+        monkeypatch.setattr(old._serving, "what_to_offer", nonsense)
         with pytest.raises(OSError, match="describes a listener"):
             Handover(path)
         monkeypatch.undo()

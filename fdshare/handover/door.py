@@ -115,16 +115,27 @@ class Door:
         self._pending: dict[Channel, float] = {}
         self._sessions: dict[Channel, threading.Thread] = {}
         self._signal = Signal()
-        self._thread = threading.Thread(target=self._answer, name="fdshare handover", daemon=True)
-        try:
-            self._thread.start()
-        except BaseException:
-            self._signal.close()
-            raise
+        self._thread: threading.Thread | None = None
+
+    def answer(self) -> None:
+        """Begin to answer: until ``open``, that this process is not ready.
+
+        Raises:
+            RuntimeError: no thread left.
+        """
+        thread = threading.Thread(target=self._answer, name="fdshare handover", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def open(self) -> None:
-        """Give offers from now on; until then whoever comes is told to come later."""
+        """Give offers from now on.
+
+        Raises:
+            RuntimeError: no thread left.
+        """
         self._serving = True
+        if self._thread is None:
+            self.answer()
 
     # --- the thread that answers --------------------------------------------------------------------------------------------
 
@@ -377,8 +388,9 @@ class Door:
         for channel in sessions:
             channel.close()
         for thread in (self._thread, *sessions.values()):
-            if thread is not threading.current_thread():
+            if thread is not None and thread is not threading.current_thread():
                 thread.join()
+        self._listener.close()  # where no thread has
         self._signal.close()
         return left
 

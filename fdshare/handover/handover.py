@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from fdshare.addresses import Address, listen_fds
@@ -24,8 +24,8 @@ from fdshare.handover.door import Door
 from fdshare.handover.errors import HandoverError
 from fdshare.handover.gate import Gate, GateState, Retired
 from fdshare.handover.gated import HandoverSocket
-from fdshare.handover.hooks import Hooks
 from fdshare.handover.listeners import Listeners, remove_file
+from fdshare.handover.serving import Serving
 from fdshare.handover.succession import Control, Predecessor, find
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ others from succeeding for ever."""
 class _Phase(enum.Enum):
     INITIALISING = "initialising"
     SERVING = "serving"
-    RETIRED = "retired"
     FAILED = "failed"
     CLOSED = "closed"
 
@@ -94,8 +93,6 @@ class Handover:
         self._phase = _Phase.INITIALISING
         self._lock = threading.Lock()
         self._gate = Gate()
-        self._states: dict[str, Callable[[], Any]] = {}
-        self._hooks = Hooks(self._gate)
         self._door: Door | None = None
         self._predecessor: Predecessor | None = None
         self._control: Control | None = None
@@ -106,8 +103,10 @@ class Handover:
             self._control, self._predecessor = find(address, allow, timeout)
             if self._predecessor is not None:
                 self._listeners = Listeners(self._gate, self._predecessor.offer, inherited)
+            self._serving = Serving(self.generation, self._control, self._listeners, self._gate, self.retired)
+            self._door = self._make_door()
             if self._predecessor is None:
-                self._open_door()  # to tell others that this process is not ready
+                self._door.answer()
         except BaseException:
             self.close()
             raise
@@ -225,7 +224,7 @@ class Handover:
         """
         if not callable(function):
             raise TypeError("offer(name, function): a function that returns the state")
-        self._states[name] = function
+        self._serving.states[name] = function
 
     def on_stop(self, stop: Callable[[], Any], resume: Callable[[], Any] | None = None) -> None:
         """Be told to stop accepting, by what accepts without the sockets' own methods (uvloop, child processes).
@@ -237,7 +236,7 @@ class Handover:
                 process resumes.
             resume: undoes it, where the successor died after all.
         """
-        self._hooks.add(stop, resume)
+        self._serving.hooks.add(stop, resume)
 
     # --- ready ------------------------------------------------------------------------------------------------------------
 
@@ -258,19 +257,21 @@ class Handover:
             TimeoutError: it does not answer; it serves on once it can.
             DecodeError: a final state cannot be rebuilt here; the predecessor serves on.
             HandoverError: this process was ready before, or has failed.
-            OSError: no descriptor or thread left to answer successors.
         """
         self._check_initialising("ready")
         states: dict[str, Any] = {}
-        assert self._control is not None
+        assert self._door is not None
         if self._predecessor is not None:
-            self._phase = _Phase.FAILED  # unless the next lines succeed
-            self._open_door()
+            self._phase = _Phase.FAILED  # unless the next line succeeds
             states = self._predecessor.commit(self._listeners.taken(), list(final), self._adopt)
         self._phase = _Phase.SERVING
         self._gate.move(GateState.OPEN)
-        assert self._door is not None
-        self._door.open()
+        try:
+            self._door.open()
+        except RuntimeError as error:
+            logger.error(
+                "no thread is left to answer successors; this process serves all the same: %s", error
+            )
         systemd.notify(*systemd.serving(os.getpid()))
         self._listeners.tell_service_manager()
         self._listeners.close_unwanted()
@@ -294,67 +295,15 @@ class Handover:
         if self._phase is not _Phase.INITIALISING:
             raise HandoverError(f"{what}: this process is {self._phase.value} already")
 
-    def _open_door(self) -> None:
+    def _make_door(self) -> Door:
         assert self._control is not None
         with FdHandle.dup(self._control.handle) as handle:
             listener = Listener(handle, allow=self._allow)
         try:
-            self._door = Door(listener, self, self._patience)
+            return Door(listener, self._serving, self._patience)
         except BaseException:
             listener.close()
             raise
-
-    # --- what the door asks (in its threads) ----------------------------------------------------------------------------
-
-    def what_to_offer(self) -> Mapping[str, Any]:
-        """Return the fields of an offer."""
-        assert self._control is not None
-        handles = self._listeners.to_offer()
-        try:
-            control = FdHandle.dup(self._control.handle)
-        except BaseException:
-            protocol.close_handles(handles)
-            raise
-        return {
-            "generation": self.generation,
-            "control": control,
-            "identity": self._control.identity,
-            "listeners": handles,
-        }
-
-    def answer_state(self, name: str) -> Any:
-        """Return application state; KeyError where there is none of that name."""
-        return self._states[name]()
-
-    def final_states(self, names: list[str]) -> dict[str, Any]:
-        """Return those of these states that there are."""
-        return {name: self._states[name]() for name in names if name in self._states}
-
-    def begin_offer(self) -> None:
-        """A successor is being given the sockets."""
-        systemd.notify(*systemd.reloading())
-
-    def end_offer(self) -> None:
-        """It came to nothing."""
-        systemd.notify("READY=1")
-
-    def stop(self) -> Callable[[], None]:
-        """Stop accepting; return what resumes it."""
-        return self._hooks.stop()
-
-    def retire(self, successor: int, kept: Collection[str]) -> None:
-        """The process ``successor`` serves now."""
-        with self._lock:
-            if self._phase is _Phase.SERVING:
-                self._phase = _Phase.RETIRED
-        self._gate.move(GateState.RETIRED, kept)
-        systemd.notify(*systemd.serving(successor))
-        systemd.barrier()  # or our end could be seen before the successor is known, and would be the service's
-        self._listeners.remove_files(kept)
-        assert self._control is not None
-        self._control.handle.close()
-        logger.info("process %d has succeeded process %d", successor, os.getpid())
-        self.retired.set()
 
     # --- after it was succeeded, and after it has succeeded ---------------------------------------------------------------
 
@@ -404,7 +353,7 @@ class Handover:
         Raises:
             HandoverError: this process has not said ``adopt=True``, or is not ready.
         """
-        if self._phase not in (_Phase.SERVING, _Phase.RETIRED) or not self._adopt:
+        if self._phase is not _Phase.SERVING or not self._adopt:
             raise HandoverError("connections come to a Handover(..., adopt=True) that is ready")
         alive = self._predecessor is not None and self._predecessor.alive
         return Connections(self._predecessor.channel if self._predecessor is not None and alive else None)
