@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.cases import aio, arrays, descriptors, importing, pools, shared, small, typed, waiting
+from benchmarks.cases import (
+    aio,
+    arrays,
+    connecting,
+    descriptors,
+    importing,
+    pools,
+    shared,
+    small,
+    typed,
+    waiting,
+)
 from benchmarks.model import Case, Target
 
 __all__ = ["CASES", "select"]
@@ -107,6 +118,15 @@ CASES: tuple[Case, ...] = (
     Case(
         "aio-flow", "small message, one way between event loops", "Event loops", aio.run_one_way,
         aio.PEERS, "asyncio streams",
+    ),
+    Case(
+        "connect", "connect to first message", "Named endpoints", connecting.run_connect,
+        ("fdshare", MP, f"{MP} without key", "bare Python"), MP, Target("faster", 3),
+    ),
+    Case(
+        "connections-1000", "one of 1,000 connections that stay", "Named endpoints",
+        partial(connecting.run_held, count=1000), ("fdshare", MP, f"{MP} without key", "bare Python"), MP,
+        Target("micros", 1000),
     ),
     Case(
         "pool-tasks", "task of map, 2 workers", "Process pools", pools.run_tasks, POOL_PEERS, STANDARD_POOL,
