@@ -197,4 +197,4 @@ def test_examples_are_all_listed_and_run() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
     assert names == set(re.findall(r"`(\w+\.py)`", (EXAMPLES / "README.md").read_text()))
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*examples.py"))
-    assert names == set(re.findall(r'"(\w+\.py)"', tests))
+    assert names <= set(re.findall(r'"(\w+\.py)"', tests))

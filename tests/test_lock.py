@@ -552,7 +552,7 @@ def _interrupted(mechanism: str, seed: int, times: int) -> int:
                     lock.release()
             except KeyboardInterrupt:
                 hits += 1
-            if lock._owner:  # struck between the two
+            if lock._owner == threading.get_ident():  # struck between the two
                 lock.release()
             assert lock.acquire(timeout=20), "it was taken by an interrupted call"
             lock.release()
