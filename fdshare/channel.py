@@ -265,9 +265,7 @@ class Channel:
         """
         self._check(self._readable, "write-only")
         deadline = None if timeout is None else time.monotonic() + timeout
-        if self._transport.greeting is not None and self._transport.has_message():
-            return True  # perhaps of what was read with the hello, or instead of it: the socket would not tell
-        while self._transport.arrived is None:
+        while not self._transport.has_read_ahead():
             if not self._transport.wait(select.POLLIN, deadline):
                 return False
             if self._transport.has_message():

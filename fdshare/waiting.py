@@ -21,12 +21,6 @@ def _is_ready(obj: Any) -> bool:
     return not isinstance(obj, Channel) or obj.closed or obj.poll()
 
 
-def _has_read_ahead(channel: Channel) -> bool:
-    """Whether there is something to receive that does not make the socket readable."""
-    transport = channel._transport
-    return transport.arrived is not None or (transport.greeting is not None and channel.poll())
-
-
 def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
     """Wait until one of the objects is ready to be read, or at its end; return the ready ones, in their order.
 
@@ -45,7 +39,7 @@ def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
     for number in numbers:
         poll.register(number, select.POLLIN)
     while True:
-        ready = [obj for obj in objects if isinstance(obj, Channel) and _has_read_ahead(obj)]
+        ready = [obj for obj in objects if isinstance(obj, Channel) and obj._transport.has_read_ahead()]
         if ready:
             return ready
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
