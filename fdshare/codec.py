@@ -106,7 +106,7 @@ class Incoming:
 class Codec(Protocol):
     """What a channel needs to know of an encoding.
 
-    A codec with an attribute ``limits`` (see limits.py) is for peers that are not trusted: its channels hold what arrives to them.
+    A codec with an attribute ``limits`` (see limits.py) is for peers that are not trusted: its channels check what arrives.
     """
 
     name: str
