@@ -415,10 +415,6 @@ class Transport:
         """Receive a small message with some descriptors the short way; None where there is none."""
         return None
 
-    def has_read_ahead(self) -> bool:
-        """Whether there is something to receive that does not make the socket readable, such as a hello that failed."""
-        return self.arrived is not None or (self.greeting is not None and self.has_message())
-
     def has_message(self) -> bool:
         """Whether a readable socket has something to receive, or the end; a notice alone is nothing."""
         raise NotImplementedError

@@ -44,6 +44,10 @@ def _few_header(descriptors: int, packet_size: int) -> bytes:
 class _Greeted(Transport):
     """What both need to know about a hello that is still expected."""
 
+    def has_read_ahead(self) -> bool:
+        """Whether there is something to receive that does not make the socket readable, such as a hello that failed."""
+        return self.arrived is not None or (self.greeting is not None and self.has_message())
+
     def _has_hello(self) -> bool:
         """Whether it was taken, or taking it failed: a receive will tell."""
         try:
