@@ -26,7 +26,7 @@ from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, Outside, to_socket
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.transport import Packet, other_threads
-from fdshare.transports import SeqpacketTransport, socketpair, transport_of
+from fdshare.transports import SeqpacketTransport, has_read_ahead, socketpair, transport_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -265,7 +265,7 @@ class Channel:
         """
         self._check(self._readable, "write-only")
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._transport.has_read_ahead():
+        while not has_read_ahead(self._transport):
             if not self._transport.wait(select.POLLIN, deadline):
                 return False
             if self._transport.has_message():

@@ -44,10 +44,6 @@ def _few_header(descriptors: int, packet_size: int) -> bytes:
 class _Greeted(Transport):
     """What both need to know about a hello that is still expected."""
 
-    def has_read_ahead(self) -> bool:
-        """Whether there is something to receive that does not make the socket readable, such as a hello that failed."""
-        return self.arrived is not None or (self.greeting is not None and self.has_message())
-
     def _has_hello(self) -> bool:
         """Whether it was taken, or taking it failed: a receive will tell."""
         try:
@@ -432,6 +428,11 @@ _family: Any = vars(socket.SocketType)["family"].__get__
 _kind: Any = vars(socket.SocketType)["type"].__get__
 _AF_UNIX, _SOCK_STREAM = int(socket.AF_UNIX), int(socket.SOCK_STREAM)
 _SOCK_SEQPACKET = int(getattr(socket, "SOCK_SEQPACKET", -1))
+
+
+def has_read_ahead(transport: Transport) -> bool:
+    """Whether there is something to receive that does not make the socket readable, such as a hello that failed."""
+    return transport.arrived is not None or (transport.greeting is not None and transport.has_message())
 
 
 def transport_of(sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> Transport:

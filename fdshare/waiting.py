@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare.channel import Channel
 from fdshare.handle import HasFileno, as_fd
+from fdshare.transports import has_read_ahead
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,7 +40,7 @@ def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
     for number in numbers:
         poll.register(number, select.POLLIN)
     while True:
-        ready = [obj for obj in objects if isinstance(obj, Channel) and obj._transport.has_read_ahead()]
+        ready = [obj for obj in objects if isinstance(obj, Channel) and has_read_ahead(obj._transport)]
         if ready:
             return ready
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
