@@ -310,6 +310,9 @@ class Channel:
                 transport.send(b"", out.payload, (), deadline)
                 return
         header, payload, parts = plan = packets.plan(out, type, inline, wire.nonce())
+        if parts is None and out.announced:
+            transport._send_step([wire.pack(*header), *payload], fds, deadline)
+            return
         if parts is None:
             self._with_bundle(header, payload, fds, deadline)
             return
@@ -438,17 +441,14 @@ class Channel:
         return Outside.reduce(self)
 
 
-def _options(channel: Channel) -> tuple[bool, bool, Codec | None, int]:
-    codec = None if channel._codec is _PICKLE else channel._codec
-    return channel._readable, channel._writable, codec, channel.max_inflight
-
-
 def reduce_channel(channel: Channel, context: reducers.Context) -> reducers.Reduced:
     if channel.closed:
         raise reducers.Refused(channel, "it is closed")
     if context.moving:
         context.consume(channel.close)
-    return rebuild_channel, (context.lend(channel.fileno(), channel), *_options(channel))
+    codec = None if channel._codec is _PICKLE else channel._codec
+    options = channel._readable, channel._writable, codec, channel.max_inflight
+    return rebuild_channel, (context.lend(channel.fileno(), channel), *options)
 
 
 def rebuild_channel(

@@ -57,6 +57,8 @@ class Outgoing:
     """Out-of-band buffers, in the order in which the pickle refers to them."""
     windows: list[tuple[int, Any]] = attrs.field(factory=list)
     """What stands for those among them that lie in shared memory, by their place in that order."""
+    announced: bool = False
+    """Whether the receiver was told already that a packet with so many descriptors will come."""
     _index: dict[int, int] = attrs.field(factory=dict)
     _owners: list[object] = attrs.field(factory=list)
     _consumed: list[Callable[[], object]] = attrs.field(factory=list)

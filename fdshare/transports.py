@@ -98,8 +98,11 @@ class SeqpacketTransport(_Greeted):
         header = _few_header(count, wire.HEADER_SIZE + size) + wire.nonce().to_bytes(8, "little")
         try:
             self.sock.send(wire.notice_of(header), rights.SEND_NOW)
+            out.announced = (
+                True  # a second notice would stay with the receiver, which looks for room for each
+            )
             self.sock.sendmsg((header, payload[0]), rights.rights(fds), rights.SEND_NOW)
-        except OSError:  # full, closed, a bad descriptor: the long way tells; a second notice does no harm
+        except OSError:  # full, closed, a bad descriptor: the long way tells
             return False
         return True
 

@@ -254,6 +254,25 @@ def test_back_pressure(run: Run, transport: str) -> None:
     run(main)
 
 
+def test_flow_of_descriptors_leaves_no_notice_behind(run: Run) -> None:
+    async def main() -> None:
+        a, b = pair("seqpacket")
+
+        async def send() -> None:
+            with numbered_handle(1) as handle:
+                for _ in range(1000):
+                    await a.send(handle)
+
+        async with a, b:
+            task = asyncio.create_task(send())
+            for _ in range(1000):
+                (await b.recv()).close()
+            await task
+            assert b._transport._noticed == []  # type: ignore[attr-defined]
+
+    run(main)
+
+
 def test_large_messages_in_flight_are_bounded(run: Run, transport: str) -> None:
     async def main() -> None:
         a, b = pair(transport, max_inflight=5 << 20)

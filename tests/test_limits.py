@@ -523,3 +523,18 @@ def test_full_channel_empties_in_order(transport: str) -> None:
         wait_until(lambda: b.poll(0))
         assert [b.recv(timeout=5)[0] for _ in range(count)] == list(range(count))
         assert not b.poll()
+
+
+def test_flow_of_descriptors_leaves_no_notice_behind() -> None:
+    """However often the channel was full just between a notice and its packet: each would cost a look for room for ever."""
+    a, b = fdshare.Pipe(transport="seqpacket")
+
+    def send() -> None:
+        with numbered_handle(1) as handle:
+            for _ in range(1000):
+                a.send(handle)
+
+    with a, b, running(send, closing=(a, b)):
+        for _ in range(1000):
+            b.recv().close()
+        assert b._transport._noticed == []  # type: ignore[attr-defined]

@@ -121,7 +121,13 @@ class AsyncChannel(AsyncEnd):
         if self._credit and not self._waits.receiving.taken:
             self._credit -= 1
             transport = self._transport
-            if not self._quiet or transport.arrived is not None or transport.closed or self._input.poll(0):
+            if (
+                not self._quiet
+                or transport.arrived is not None
+                or transport.greeting is not None
+                or transport.closed
+                or self._input.poll(0)
+            ):
                 obj = self._receive_now(wire.MESSAGE)
                 if obj is not _NOTHING:
                     self._quiet = False
@@ -295,7 +301,10 @@ class AsyncChannel(AsyncEnd):
                 return
         header, payload, parts = plan = packets.plan(out, type, inline, wire.nonce())
         if parts is None:
-            await self._with_bundle(waits, header, payload, fds)
+            if out.announced:
+                await self._send_step(waits, [wire.pack(*header), *payload], fds)
+            else:
+                await self._with_bundle(waits, header, payload, fds)
             return
         reservation = await self._reserve(waits, header.segment_size)
         write = partial(self._channel._write_segment, plan)

@@ -66,7 +66,9 @@ class AsyncEnd(InLoop):
         """
         self._channel._check(self.readable, "write-only")
         transport = self._transport
-        return transport.arrived is not None or (bool(self._input.poll(0)) and transport.has_message())
+        if transport.arrived is not None or transport.greeting is not None:
+            return transport.has_message()
+        return bool(self._input.poll(0)) and transport.has_message()
 
     def fileno(self) -> int:
         """Borrow the descriptor's number; reading from it breaks the channel.
