@@ -27,14 +27,14 @@ from fdshare.waiting import ChannelSet, wait
 
 if TYPE_CHECKING:
     from fdshare.addresses import listen_fds
-    from fdshare.arrays import share, shared_array
+    from fdshare.shared.arrays import share, shared_array
     from fdshare.datagrams import ask_credentials, recv_signed, send_signed
     from fdshare.endpoint import Listener, connect
     from fdshare.typed.fields import Descriptor
     from fdshare.plain import BytesCodec
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
-    from fdshare.shared import SharedMemory
+    from fdshare.shared.memory import SharedMemory
     from fdshare.sync import Event, Lock, Semaphore
     from fdshare.typed.codec import TypedCodec
 
@@ -48,7 +48,7 @@ _LAZY = {
     "Lock": "fdshare.sync",
     "ProcessPoolExecutor": "fdshare.pool.executor",
     "Semaphore": "fdshare.sync",
-    "SharedMemory": "fdshare.shared",
+    "SharedMemory": "fdshare.shared.memory",
     "TypedCodec": "fdshare.typed.codec",
     "WorkerDiedError": "fdshare.pool.errors",
     "ask_credentials": "fdshare.datagrams",
@@ -56,8 +56,8 @@ _LAZY = {
     "listen_fds": "fdshare.addresses",
     "recv_signed": "fdshare.datagrams",
     "send_signed": "fdshare.datagrams",
-    "share": "fdshare.arrays",
-    "shared_array": "fdshare.arrays",
+    "share": "fdshare.shared.arrays",
+    "shared_array": "fdshare.shared.arrays",
 }
 
 

@@ -24,7 +24,8 @@ import pickle
 import stat
 from typing import TYPE_CHECKING, Any
 
-from fdshare import DecodeError, arrays, mapping, reducers
+from fdshare import DecodeError, reducers
+from fdshare.shared import arrays, mapping
 
 if TYPE_CHECKING:
     import torch

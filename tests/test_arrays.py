@@ -32,9 +32,9 @@ from fdshare import (
     share,
     shared_array,
 )
-from fdshare.allocation import allocate
-from fdshare.mapping import address_of, find
-from fdshare.references import rebuild_array
+from fdshare.shared.allocation import allocate
+from fdshare.shared.mapping import address_of, find
+from fdshare.shared.references import rebuild_array
 from fdshare.testing import Child, checked_child
 
 np = pytest.importorskip("numpy")
@@ -453,7 +453,7 @@ def test_nothing_looks_for_shared_memory_where_there_is_none() -> None:
         "a, b = fdshare.Pipe()\n"
         "a.send([np.arange(5), np.arange(100_000)]); b.recv()\n"
         "assert reducers.find_window is None and reducers.resolved[np.ndarray] is None\n"
-        "assert not {'fdshare.shared', 'fdshare.mapping'} & set(sys.modules)\n"
+        "assert not {'fdshare.shared', 'fdshare.shared.mapping'} & set(sys.modules)\n"
         "a.close(); b.close()\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=30)

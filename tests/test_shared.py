@@ -37,14 +37,13 @@ from fdshare import (
     NotSendableError,
     SealError,
     SharedMemory,
-    allocation,
-    mapping,
     memory,
 )
 from fdshare.codec import Incoming, PickleCodec
 from fdshare.handle import Handles
-from fdshare.references import open_window, rebuild_mapping
-from fdshare.shared import rebuild_memory
+from fdshare.shared import allocation, mapping
+from fdshare.shared.memory import rebuild_memory
+from fdshare.shared.references import open_window, rebuild_mapping
 from fdshare.testing import Child, checked_child
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -9,10 +9,11 @@ import operator
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fdshare import allocation, reducers, references
+from fdshare import reducers
 from fdshare.errors import ClosedError, DecodeError
 from fdshare.handle import FdHandle, Outside
-from fdshare.mapping import Holder, Mapping, is_sealed, mapped
+from fdshare.shared import allocation, references
+from fdshare.shared.mapping import Holder, Mapping, is_sealed, mapped
 
 if TYPE_CHECKING:
     from types import TracebackType

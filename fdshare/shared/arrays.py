@@ -11,10 +11,11 @@ import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fdshare import allocation, reducers, wire
+from fdshare import reducers, wire
 from fdshare.codec import PROTOCOL
 from fdshare.handle import FdHandle
-from fdshare.references import NO_OBJECTS, find_array, make_array, open_window
+from fdshare.shared import allocation
+from fdshare.shared.references import NO_OBJECTS, find_array, make_array, open_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from fdshare import reducers
 from fdshare.errors import DecodeError
 from fdshare.handle import Outside, format_of
-from fdshare.mapping import Mapping, address_of, find, mapped
+from fdshare.shared.mapping import Mapping, address_of, find, mapped
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from fdshare import memory
 from fdshare.errors import FdLimitError, NoSpaceError
 from fdshare.handle import own
-from fdshare.mapping import SEAL_GROW, SEAL_SHRINK, Mapping, map_shared
+from fdshare.shared.mapping import SEAL_GROW, SEAL_SHRINK, Mapping, map_shared
 
 __all__ = ["allocate", "copy_in"]
 

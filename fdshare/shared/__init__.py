@@ -1,0 +1,1 @@
+"""Memory that all who hold it see; what lies in it travels by reference."""
