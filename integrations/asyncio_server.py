@@ -225,7 +225,7 @@ class Service:
         ending = asyncio.ensure_future(self._ending.wait())
         try:
             await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if reading.done() or not self.handover.successor_adopts:
+            if reading.done() or not self.handover.successor_adopts or name not in self.handover.kept:
                 return await reading
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             if reading.done() or not self._give_away(reader, writer, name):

@@ -39,6 +39,11 @@ class HandoverSocket(socket.socket):
     _gate: Gate
     _name: str
     _wait: float | None
+    _path: str
+
+    def getsockname(self) -> Any:
+        """Return the address: of an AF_UNIX socket the path where it is, for the kernel remembers where it was made."""
+        return self._path or super().getsockname()
 
     @property
     def name(self) -> str:
@@ -139,20 +144,23 @@ class HandoverSocket(socket.socket):
         Raises:
             OSError: as dup(2).
         """
-        copy = gated(FdHandle.dup(self), self._gate, self._name)
+        copy = gated(FdHandle.dup(self), self._gate, self._name, self._path)
         copy._wait = self._wait
         return copy
 
 
-def gated(handle: FdHandle, gate: Gate, name: str) -> HandoverSocket:
+def gated(handle: FdHandle, gate: Gate, name: str, path: str = "") -> HandoverSocket:
     """Spend ``handle``, a socket, into one behind ``gate`` under ``name``; it blocks, as Python's sockets do at first.
+
+    Args:
+        path: where an AF_UNIX socket is.
 
     Raises:
         OSError: not a socket; the handle stays usable.
     """
     sock = HandoverSocket.__new__(HandoverSocket)
     sock._io_refs, sock._closed = 0, False  # type: ignore[attr-defined]  # as its Python __init__ would
-    sock._gate, sock._name, sock._wait = gate, name, socket.getdefaulttimeout()
+    sock._gate, sock._name, sock._wait, sock._path = gate, name, socket.getdefaulttimeout(), path
     hand_over(handle, socket.SocketType.__init__, sock, -1, -1, -1, handle.fileno())
     try:
         socket.SocketType.settimeout(sock, 0.0)

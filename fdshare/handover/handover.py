@@ -321,6 +321,11 @@ class Handover:
         return self._adopt
 
     @property
+    def kept(self) -> frozenset[str]:
+        """The names of the listeners that the successor serves; none while there is no successor."""
+        return frozenset(self._gate.kept)
+
+    @property
     def successor_adopts(self) -> bool:
         """Whether a successor serves that takes connections."""
         return self.retired.is_set() and self._door is not None and self._door.adopts

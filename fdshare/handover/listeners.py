@@ -65,7 +65,9 @@ class Listeners:
             raise ValueError(f"one server has at most {protocol.MAX_LISTENERS} listeners (MAX_LISTENERS)")
         handle, spec, origin = self._find(name, spec)
         with handle:
-            sock = gated(handle, self._gate, name)
+            sock = gated(
+                handle, self._gate, name, spec.host if spec.is_unix and origin != "inherited" else ""
+            )
         self._held[name] = _Held(sock, spec, origin)
         return sock
 
