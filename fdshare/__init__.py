@@ -17,6 +17,7 @@ from fdshare.errors import (
     NotSendableError,
     PeerClosedError,
     ProtocolError,
+    QueueClosedError,
     SealError,
     TaskTimeoutError,
 )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fdshare.plain import BytesCodec
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
+    from fdshare.queues import Queue
     from fdshare.shared.memory import SharedMemory
     from fdshare.sync import Event, Lock, Semaphore
     from fdshare.typed.codec import TypedCodec
@@ -47,6 +49,7 @@ _LAZY = {
     "Listener": "fdshare.endpoint",
     "Lock": "fdshare.sync",
     "ProcessPoolExecutor": "fdshare.pool.executor",
+    "Queue": "fdshare.queues",
     "Semaphore": "fdshare.sync",
     "SharedMemory": "fdshare.shared.memory",
     "TypedCodec": "fdshare.typed.codec",
@@ -73,10 +76,12 @@ Outside.reduce = staticmethod(_reduce_outside)
 
 def __getattr__(name: str) -> Any:
     """Load what takes long to import when it is first used."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "aio":
+        return import_module("fdshare.aio")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LAZY[name]), name)
     return value
 
@@ -109,6 +114,8 @@ __all__ = [
     "Pipe",
     "ProcessPoolExecutor",
     "ProtocolError",
+    "Queue",
+    "QueueClosedError",
     "SealError",
     "Semaphore",
     "SharedMemory",

@@ -24,6 +24,7 @@ __all__ = [
     "NotSendableError",
     "PeerClosedError",
     "ProtocolError",
+    "QueueClosedError",
     "SealError",
     "TaskTimeoutError",
 ]
@@ -46,6 +47,18 @@ class PeerClosedError(FdShareError, BrokenPipeError, EOFError):
     def __init__(self, *args: object) -> None:
         super().__init__(
             *(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the peer has closed"))
+        )
+
+
+class QueueClosedError(ClosedError, PeerClosedError):
+    """Somebody closed the queue: nothing can be put any more, and what was in it was taken (errno EPIPE).
+
+    A queue has no other side, so this is both of its bases.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(
+            *(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the queue was closed"))
         )
 
 

@@ -115,6 +115,7 @@ ERRORS: dict[str, tuple[type[BaseException], ...]] = {
     "FdLimitError": (OSError,),
     "DescriptorsLostError": (OSError,),
     "ProtocolError": (OSError,),
+    "QueueClosedError": (EOFError, BrokenPipeError),
     "MessageTooLargeError": (ValueError,),
     "NoSpaceError": (OSError,),
     "SealError": (OSError, BufferError),

@@ -1,0 +1,198 @@
+"""The two ends of a queue's pair of sockets: what a packet weighs, and what a packet is.
+
+A large item's packet is padded, so that it weighs in the socket what its segment does in memory, to scale.  The kernel then
+bounds the items of all producers together, with no accounts that could get out of step when somebody dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fdshare import packets, rights, wire
+from fdshare.codec import Incoming
+from fdshare.errors import DescriptorsLostError, ProtocolError, QueueClosedError
+from fdshare.handle import HandleList
+from fdshare.inflight import TICK_SECONDS
+from fdshare.rights import Arrived
+from fdshare.sync import Event
+from fdshare.transport import Transport
+from fdshare.transports import socketpair
+
+__all__ = ["Inlet", "Outlet", "make_pair"]
+
+HAVE_SEQPACKET = True
+"""Whether SEQPACKET may be used where it is there; read at each use, so that tests can switch it off."""
+
+DGRAM_BUFFER = 128 * 1024
+"""Bytes of socket buffer for datagrams: the default of macOS takes 2 KiB."""
+
+CLOSED_TICK_SECONDS = 0.02
+"""How often a put that waits for room for its datagram looks whether the queue was closed meanwhile."""
+
+_RESERVE = 64
+"""Bytes below the send buffer that no padded packet exceeds: the kernel refuses what leaves it less than 32."""
+
+
+class Inlet(Transport):
+    """The end that is written to."""
+
+    name = "queue"
+
+    def __init__(self, sock: socket.socket, maxbytes: int, over: Event | None) -> None:
+        super().__init__(sock)
+        self.capacity = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self._maxbytes = maxbytes
+        self._over = over
+
+    def padding(self, header: wire.Header) -> memoryview:
+        """Return what makes a packet weigh in the socket what its segment does in memory, to scale."""
+        size = min(header.segment_size, self._maxbytes) * self.capacity // self._maxbytes
+        size = min(size, self.capacity - _RESERVE) - wire.HEADER_SIZE - header.inline_size
+        return memoryview(_zeros(self.capacity))[: max(0, size)]
+
+    def put_packet(self, pieces: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
+        """Send one packet, waiting for room.
+
+        Raises:
+            TimeoutError, PeerClosedError, ClosedError, FdLimitError, AccessDeniedError, NotSendableError
+            OSError: EMSGSIZE.
+        """
+        if self._over is not None:
+            self._put_datagram(self._over, pieces, fds, deadline)
+            return
+        # The kernel wakes a writer when three quarters are free again, which is long where few items fill it.
+        ticks = sum(map(len, pieces)) > self.capacity // 8
+        while True:
+            tick = time.monotonic() + TICK_SECONDS if ticks else None
+            try:
+                self._send_step(pieces, fds, _earlier(tick, deadline))
+                return
+            except TimeoutError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+
+    def _put_datagram(
+        self, over: Event, pieces: Sequence[Any], fds: Sequence[int], deadline: float | None
+    ) -> None:
+        """Put where nothing wakes a writer for the end, and perhaps, as on macOS, not for room either."""
+        while not over.is_set():
+            try:
+                self._send_step(pieces, fds, _earlier(time.monotonic() + CLOSED_TICK_SECONDS, deadline))
+                return
+            except OSError as error:
+                if not isinstance(error, TimeoutError) and error.errno != errno.ENOBUFS:
+                    raise
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise TimeoutError("the queue is full; nothing was put") from error
+        raise QueueClosedError
+
+    def wait_for_room(self, deadline: float | None) -> None:
+        """Wait until the next item may be put, before memory is spent on it.
+
+        Raises:
+            TimeoutError, ClosedError
+        """
+        while self.in_flight.unread() >= self.capacity:
+            if self._over is not None and self._over.is_set():
+                raise QueueClosedError
+            tick = time.monotonic() + TICK_SECONDS
+            found = self.wait(select.POLLOUT, _earlier(tick, deadline))
+            if found & (select.POLLERR | select.POLLHUP):
+                return  # the send will say so
+            if not found and deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"the queue has {self._maxbytes} bytes; nothing was put")
+
+
+def _earlier(first: float | None, second: float | None) -> float | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return min(first, second)
+
+
+_zero_bytes = b""
+
+
+def _zeros(size: int) -> bytes:
+    global _zero_bytes
+    if len(_zero_bytes) < size:
+        _zero_bytes = bytes(size)
+    return _zero_bytes
+
+
+class Outlet(Transport):
+    """The end that is read from."""
+
+    name = "queue"
+
+    def open_item(self, arrived: Any) -> Incoming:
+        """Return the parts of an item that is more than a bare pickle; what came is used up.
+
+        Raises:
+            DescriptorsLostError, ProtocolError, DecodeError: it is gone.
+        """
+        owner = arrived if isinstance(arrived, Arrived) else Arrived(arrived)
+        data, _, flags, _ = owner
+        try:
+            header = wire.unpack(data)
+            end = wire.HEADER_SIZE + header.inline_size
+            if header.type != wire.MESSAGE or len(data) < end:
+                raise ProtocolError(f"an item of {len(data)} bytes says {end}")
+        except ProtocolError:
+            owner.close()
+            raise
+        try:
+            handles: HandleList = self._complete(owner, header, None)
+        except DescriptorsLostError as error:
+            raise _lost(error, flags) from error
+        return packets.open_packet(header, memoryview(data)[wire.HEADER_SIZE : end], handles)
+
+
+def _lost(error: DescriptorsLostError, flags: int) -> DescriptorsLostError:
+    limit = rights.descriptor_limit()
+    cause = (
+        f"there was no room for them (limit {limit}): close some or raise RLIMIT_NOFILE"
+        if flags & rights.CONTROL_TRUNCATED or not rights.has_room_for(error.expected)
+        else "the kernel or a security module dropped the others"
+    )
+    return DescriptorsLostError(
+        f"an item with {error.expected} descriptors is gone, of which {error.received} arrived and were closed: {cause}; "
+        "a queue that others read too cannot hold an item back, and goes on with the next",
+        expected=error.expected,
+        received=error.received,
+    )
+
+
+_SNDBUF_FACTOR = 2 if sys.platform == "linux" else 1
+"""Linux doubles what one asks for, to pay for its own accounts."""
+
+
+def make_pair(maxbytes: int) -> tuple[socket.socket, socket.socket, Event | None]:
+    """Return the end to read from, the one to write to, and what says that it is over where the sockets cannot.
+
+    Raises:
+        OSError: no descriptors left.
+    """
+    over = None
+    try:
+        if not HAVE_SEQPACKET:
+            raise OSError
+        outlet, inlet = socketpair("seqpacket")
+    except OSError:
+        if HAVE_SEQPACKET and sys.platform == "linux":
+            raise
+        outlet, inlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        inlet.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DGRAM_BUFFER)
+        outlet.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DGRAM_BUFFER)
+        over = Event()
+    if inlet.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > maxbytes:
+        inlet.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, maxbytes // _SNDBUF_FACTOR)
+    for sock in (outlet, inlet):
+        if sock.gettimeout() is not None:  # by socket.setdefaulttimeout
+            sock.settimeout(None)
+    return outlet, inlet, over
