@@ -44,11 +44,12 @@ class UvloopEndpoint(AsyncEndpoint):
         return uvloop.new_event_loop()
 
 
+@pytest.mark.soak
 class TestUvloopSeqpacket(TestAsyncioSeqpacket):
-    """The suite over packets, on uvloop."""
+    """The suite over packets, on uvloop, everywhere."""
 
     endpoint = UvloopEndpoint
-    places = ("same_process",)
+    places = (*CHEAP, *DEAR)
 
 
 @pytest.mark.soak
