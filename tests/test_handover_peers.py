@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from handovers import SOON, Bare, answering, ask, first, port_of
-from helpers import wait_until
+from helpers import running, wait_until
 
 from fdshare import FdHandle, PeerClosedError, Pipe
 from fdshare.handover import Handover, HandoverSocket, door, protocol
@@ -148,6 +148,20 @@ def test_a_successor_that_was_just_faster_serves(path: Path, monkeypatch: pytest
         monkeypatch.setattr(door.protocol, "send", say_serving_first)
         monkeypatch.setattr(Bare, "say", lambda self, kind: send(self.channel, kind))
         assert old.retired.wait(SOON)
+
+
+def test_who_comes_while_the_outcome_is_open_waits_for_it(path: Path, served: object) -> None:
+    def come() -> None:
+        with Handover(path, timeout=SOON) as third:
+            assert third.generation == 1
+
+    with Bare(path) as bare:
+        bare.get_ready()
+        with Bare(path) as asking:
+            asking.say("take", versions=[1])
+            assert asking.hear("refused")["why"] == "gone"
+        with running(come):
+            bare.channel.close()  # and the predecessor resumes
 
 
 def test_nothing_comes_in_once_it_is_shut() -> None:

@@ -222,8 +222,9 @@ class Door:
     def _reserve(self, channel: Channel) -> tuple[str, str] | None:
         """Make this peer the successor; return why not, where not.  Whoever calls holds the lock."""
         me = os.getpid()
-        if self._closed or self.state is DoorState.GONE:
-            return "gone", f"process {me} has just been succeeded"
+        if self._closed or self.state in (DoorState.HANDING, DoorState.GONE):
+            # In HANDING, the successor may serve already, and this process not know it yet.
+            return "gone", f"process {me} is being succeeded by process {self._successor_pid}"
         if not self._serving:
             return "busy", f"process {me} is not ready itself"
         if self._successor is not None and _has_ended(self._successor):

@@ -69,12 +69,15 @@ class Acceptor:
     async def _make_server(
         self, loop: asyncio.AbstractEventLoop, sock: HandoverSocket
     ) -> asyncio.AbstractServer:
-        options = dict(self._options)
         if self.sock.family != socket.AF_UNIX:
-            return await loop.create_server(self.factory, sock=sock, **options)
-        if sys.version_info >= (3, 13) and type(loop).__module__.startswith("asyncio"):
-            options["cleanup_socket"] = False  # or it would remove the file, which the successor needs
-        return await loop.create_unix_server(self.factory, sock=sock, **options)
+            return await loop.create_server(self.factory, sock=sock, **self._options)
+        make = loop.create_unix_server
+        if sys.version_info >= (3, 13):  # where it would remove the file, which the successor needs
+            try:
+                return await make(self.factory, sock=sock, cleanup_socket=False, **self._options)
+            except TypeError:  # an older uvloop, which does not
+                pass
+        return await make(self.factory, sock=sock, **self._options)
 
     def stop(self) -> None:
         """Accept no more."""
