@@ -12,6 +12,7 @@ from benchmarks.cases import (
     descriptors,
     importing,
     pools,
+    servers,
     shared,
     small,
     typed,
@@ -31,6 +32,8 @@ ARRAY_PEERS = ("fdshare", MP, "send_bytes", "SharedMemory", "memcpy")
 STANDARD_POOL = "concurrent.futures"
 
 POOL_PEERS = ("fdshare", STANDARD_POOL, "multiprocessing.Pool", "loky", "mpire")
+
+SERVER_PEERS = ("fdshare", "SO_REUSEPORT", "shared socket", MP)
 
 CASES: tuple[Case, ...] = (
     Case(
@@ -154,6 +157,16 @@ CASES: tuple[Case, ...] = (
             partial(pools.run_start, workers=workers), POOL_PEERS, STANDARD_POOL,
         )
         for workers in (1, 4, 16)
+    ),
+    Case(
+        "server-rate", "HTTP connection, 4 workers", "Servers", servers.run_rate, SERVER_PEERS, "SO_REUSEPORT",
+    ),
+    *(
+        Case(
+            f"server-slow-p{percentile}", f"the same, 1 worker slow (5 ms), percentile {percentile}", "Servers",
+            partial(servers.run_slow, percentile=percentile), SERVER_PEERS, "SO_REUSEPORT",
+        )
+        for percentile in (50, 99)
     ),
     Case(
         "import", "import (against multiprocessing, attrs)", "Import", importing.run_import,
