@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fdshare.plain import BytesCodec
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
+    from fdshare.processes import ProcessHandle
     from fdshare.queues import Queue
     from fdshare.shared.memory import SharedMemory
     from fdshare.sync import Event, Lock, Semaphore
@@ -48,6 +49,7 @@ _LAZY = {
     "Event": "fdshare.sync",
     "Listener": "fdshare.endpoint",
     "Lock": "fdshare.sync",
+    "ProcessHandle": "fdshare.processes",
     "ProcessPoolExecutor": "fdshare.pool.executor",
     "Queue": "fdshare.queues",
     "Semaphore": "fdshare.sync",
@@ -112,6 +114,7 @@ __all__ = [
     "PeerClosedError",
     "PeerCredentials",
     "Pipe",
+    "ProcessHandle",
     "ProcessPoolExecutor",
     "ProtocolError",
     "Queue",
