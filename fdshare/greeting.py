@@ -257,6 +257,8 @@ def expect_hello(sock: socket.socket, codec: Codec | None, ours: Hello, stream: 
         begun = b""
     channel = Channel(sock, codec=codec)
     if begun != ours.data:
+        if stream:  # a shorter hello names another codec: what was taken behind it will not be missed
+            begun = begun[: len(begun) + min(0, hellos.missing(begun))]
         transport = channel._transport
         greeting = Greeting(ours, True, begun)
         greeting.stand_before(transport)
