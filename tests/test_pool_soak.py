@@ -100,7 +100,7 @@ def soak(count: int, path: Path, seed: int, kills: float) -> Counter[str]:
         ended[outcome] += 1
         if outcome == "cancelled":
             assert runs[number] == 0 or number in retried, number
-        elif outcome == "died":  # in a worker's hands, but perhaps not begun
+        elif outcome in ("died", "timed out"):  # in a worker's hands, but perhaps not begun
             assert runs[number] <= most, number
         else:
             assert 1 <= runs[number] <= most, (number, outcome, runs[number])
