@@ -1,0 +1,61 @@
+"""The programs of docs/handover.md, run as they stand but for their path and port: each is replaced by itself."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from handovers import SOON
+from helpers import wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "handover.md").read_text()
+
+
+def program(first_line: str, path: Path, port: int) -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if block.startswith(first_line)]
+    text: str = found.replace("/run/user/1000/app.control", str(path)).replace("8000", str(port))
+    assert str(path) in text
+    assert str(port) in text
+    return text
+
+
+def answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), SOON) as sock:
+            sock.sendall(b"hello\n")
+            return sock.makefile("rb").read() == b"HELLO\n"
+    except ConnectionRefusedError:
+        return False
+
+
+@pytest.mark.parametrize("first_line", ["# A server.", "# An asyncio server."])
+def test_a_server_is_replaced_by_itself(tmp_path: Path, first_line: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    code = program(first_line, tmp_path / "control", port)
+    with ExitStack() as stack:
+
+        def start() -> subprocess.Popen[bytes]:
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT))
+            stack.callback(process.kill)
+            return process
+
+        first = start()
+        wait_until(lambda: answers(port))
+        start()
+        assert first.wait(SOON) == 0
+        assert answers(port)
+
+
+def test_the_page_shows_the_units_that_were_tried() -> None:
+    for unit in ("service", "socket"):
+        assert f"../examples/hot_restart.{unit}" in PAGE
+        for line in (ROOT / "examples" / f"hot_restart.{unit}").read_text().splitlines():
+            assert line.startswith(("[", "#")) or "=" in line or not line
