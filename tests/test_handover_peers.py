@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from handovers import SOON, Bare, answering, ask, first, port_of
 from helpers import running, wait_until
 
-from fdshare import FdHandle, PeerClosedError, Pipe
+from fdshare import AccessDeniedError, FdHandle, PeerClosedError, Pipe, any_user, users
 from fdshare.handover import Handover, HandoverSocket, door, protocol
 
 
@@ -220,3 +221,75 @@ def test_handles_are_owned_whatever_happens(path: Path, monkeypatch: pytest.Monk
         wait_until(lambda: old._door is not None and old._door.state is door.DoorState.IDLE)
         with Handover(path) as new:
             new.ready()
+
+
+# other users ---------------------------------------------------------------------------------------------------------
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed: run as root")
+
+
+def as_nobody(function: Callable[[], None]) -> None:
+    """Run ``function`` in a forked process of the user nobody; it is to raise nothing."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@needs_root
+def test_another_user_neither_succeeds_nor_is_succeeded() -> None:
+    address = f"\0fdshare-users-{os.getpid()}"
+
+    def refuse_the_server() -> None:
+        with pytest.raises(AccessDeniedError):
+            Handover(address)
+
+    def be_refused() -> None:
+        with pytest.raises(AccessDeniedError):
+            Handover(address, allow=any_user)
+
+    with Handover(address) as handover:
+        handover.ready()
+        as_nobody(refuse_the_server)
+        as_nobody(be_refused)
+        with Handover(address) as new:
+            assert new.generation == 1
+
+
+@needs_root
+def test_another_user_succeeds_where_both_say_so() -> None:
+    address = f"\0fdshare-users-{os.getpid()}"
+
+    def succeed() -> None:
+        with Handover(address, allow=any_user) as new:
+            new.listen("http", "127.0.0.1", 0)
+            new.ready()
+
+    with Handover(address, allow=users(0, NOBODY)) as handover:
+        handover.listen("http", "127.0.0.1", 0)
+        handover.ready()
+        as_nobody(succeed)
+        assert handover.retired.wait(SOON)
+
+
+@needs_root
+def test_another_user_cannot_even_connect_to_a_path() -> None:
+    def knock() -> None:
+        with pytest.raises(PermissionError):
+            Handover(path)
+
+    with tempfile.TemporaryDirectory(prefix="fds") as directory:
+        os.chmod(directory, 0o755)  # it is the socket's own mode that counts
+        path = Path(directory) / "control"
+        with Handover(path) as handover:
+            handover.ready()
+            as_nobody(knock)
