@@ -12,9 +12,11 @@ from benchmarks.cases import (
     descriptors,
     importing,
     pools,
+    queues,
     servers,
     shared,
     small,
+    sync,
     typed,
     waiting,
 )
@@ -107,6 +109,28 @@ CASES: tuple[Case, ...] = (
         "tensor-shared", "shared tensor of 64 MiB", "Shared memory", shared.run_tensor,
         ("fdshare", "torch.multiprocessing"), "torch.multiprocessing",
     ),
+    *(
+        Case(
+            f"queue-{sides}", f"queue, small item, {sides} to {sides}", "Queues", partial(queues.run_items, sides=sides),
+            ("fdshare", MP, "bare Python"), MP, Target("faster", 4),
+        )
+        for sides in (1, 4)
+    ),
+    Case(
+        "queue-answer", "queue, small item there, one back", "Queues", queues.run_answers,
+        ("fdshare", MP, "bare Python"), MP,
+    ),
+    Case("queue-socket", "queue of sockets", "Queues", queues.run_sockets, ("fdshare", MP), MP),
+    Case("queue-array", "queue of arrays of 1 MiB", "Queues", queues.run_arrays, ("fdshare", MP), MP),
+    *(
+        Case(
+            name.lower(), f"{name}, nobody else wants it", "Locks and events", partial(sync.run_free, name=name),
+            ("fdshare", MP), MP,
+        )
+        for name in ("Lock", "Semaphore")
+    ),
+    Case("lock-4", "Lock, 4 processes want it", "Locks and events", sync.run_contended, ("fdshare", MP), MP),
+    Case("event", "Event there, and one back", "Locks and events", sync.run_event, ("fdshare", MP), MP),
     *(
         Case(
             f"wait-{count}", f"wait, 1 of {count:,} channels ready", "Waiting", partial(waiting.run_wait, count=count),
