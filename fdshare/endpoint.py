@@ -91,6 +91,9 @@ class Listener:
             name = os.fsdecode(address)
         try:
             self._start(sock, name, identity, allow, codec)
+            if not isinstance(address, FdHandle | socket.socket | int):  # what others may hold stays as it is
+                sock.setblocking(True)
+                self._blocks = True
         except BaseException:
             sock.close()
             raise
@@ -111,6 +114,7 @@ class Listener:
         self._codec = codec
         self._hello = hello_of(codec)
         self._stream = sock.type == socket.SOCK_STREAM
+        self._blocks = False  # whether accept(2) waits
         self._connections = accepted_sockets(sock)
         self._input = select.poll()
         self._input.register(sock.fileno(), select.POLLIN)
@@ -135,6 +139,7 @@ class Listener:
             channel = self._accept_alone()
             if channel is not None:
                 return channel
+        self._never_block()
         deadline = None if timeout is None else time.monotonic() + timeout
         late = 0
         while late < MAX_LATE:
@@ -162,12 +167,23 @@ class Listener:
         if self._door.closed:
             return None
         try:
-            self._input.poll()
+            if not self._blocks:
+                self._input.poll()
             for sock in self._connections:  # noqa: B007 -- one of them, stored without a gap
                 break
         except (OSError, RuntimeError):  # RuntimeError: in a signal handler, inside of another accept
             return None
         return self._admit(sock)
+
+    def _never_block(self) -> None:
+        """From now on let the kernel wait for nothing: another thread may close the listener, another process may be faster.
+
+        Until then a program of one thread waits in accept(2) itself, which saves a system call for each connection.
+        """
+        if self._blocks:
+            self._blocks = False
+            self._check_open()
+            self._door.sock.setblocking(False)
 
     def _accept_now(self) -> socket.socket | None:
         """Take the next connection; None where another thread or process has taken it, or it is gone."""
@@ -359,6 +375,7 @@ def connect(
 def reduce_listener(listener: Listener, context: reducers.Context) -> reducers.Reduced:
     if listener.closed:
         raise reducers.Refused(listener, "it is closed")
+    listener._never_block()  # for whoever shares it
     path, identity = "", None
     if context.moving:
         context.consume(listener._give_away)

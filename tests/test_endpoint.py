@@ -444,6 +444,28 @@ def test_listener_in_a_message(path: str, transport: str) -> None:
         assert os.path.exists(path)  # a copy does not remove it
 
 
+def accept_two(listener: Listener) -> int:
+    return sum(accept_and_add(listener) for _ in range(2))
+
+
+def accept_and_add(listener: Listener) -> int:
+    with listener.accept() as server:
+        return int(server.recv())
+
+
+def test_parent_stops_waiting_in_the_kernel_while_its_child_does(path: str) -> None:
+    with Listener(path) as listener, Child(accept_two, listener, method="fork") as child:
+        with connect(path) as client:
+            client.send(1)
+        with contextlib.suppress(TimeoutError):
+            listener.accept(0.0).close()  # which is the child's, but for luck
+            with connect(path) as client:
+                client.send(1)
+        with connect(path) as client:
+            client.send(2)
+            assert child.result() == 3
+
+
 def test_moved_listener_takes_the_file_along(path: str) -> None:
     near, far = Pipe()
     with near, far:

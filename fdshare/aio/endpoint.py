@@ -88,6 +88,7 @@ class Listener(InLoop):
                 address, backlog=backlog, allow=allow, codec=codec, mode=mode, transport=transport
             )
         )
+        self._listener._never_block()
 
     def __init_subclass__(cls) -> None:
         reducers.known[cls] = reduce_async_listener
