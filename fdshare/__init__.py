@@ -28,18 +28,18 @@ from fdshare.waiting import ChannelSet, wait
 
 if TYPE_CHECKING:
     from fdshare.addresses import listen_fds
-    from fdshare.shared.arrays import share, shared_array
     from fdshare.datagrams import ask_credentials, recv_signed, send_signed
     from fdshare.endpoint import Listener, connect
-    from fdshare.typed.fields import Descriptor
     from fdshare.plain import BytesCodec
     from fdshare.pool.errors import WorkerDiedError
     from fdshare.pool.executor import ProcessPoolExecutor
     from fdshare.processes import ProcessHandle
     from fdshare.queues import Queue
+    from fdshare.shared.arrays import share, shared_array
     from fdshare.shared.memory import SharedMemory
     from fdshare.sync import Event, Lock, Semaphore
     from fdshare.typed.codec import TypedCodec
+    from fdshare.typed.fields import Descriptor
 
 __version__ = "0.1.0"
 

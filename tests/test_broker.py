@@ -465,7 +465,9 @@ def test_squatted_directory_is_not_used(
     directory = Path(address).parent
     assert directory != name
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    killed = tmp_path / "fdshare-left"  # before the ticket is spent: an idle broker ends, and sweeps, by itself
+    killed = (
+        tmp_path / "fdshare-left"
+    )  # before the ticket is spent: an idle broker ends, and sweeps, by itself
     killed.mkdir(0o700)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(killed / "1073741824-00"))  # a pid beyond any system's
