@@ -37,7 +37,7 @@ class MovedStream:
     """A connection on its way from one event loop to another: its socket, and what was read of it and not used.
 
     Sending it gives it away, as ``fdshare.move`` does: it is closed here once the message is with the kernel, and stays as it is
-    where the send failed, for another try or for :meth:`open`.
+    where the send failed, for another try or for :meth:`open`.  Pickled for a pool that is not fdshare's, it stays too: close it.
 
     Args:
         sock: a connected stream socket, which belongs to this object now.
