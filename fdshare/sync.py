@@ -51,7 +51,7 @@ class Lock(Travelling):
     """Only one thread of all the processes that have it is inside; when that one dies, the kernel lets the next one in.
 
     It belongs to the thread that acquired it: only that one can release it, and it is released when the thread ends,
-    however it ends.  The next holder finds :attr:`abandoned` True then.  It is not recursive.
+    however it ends.  The next holder finds :attr:`abandoned` True then.  It is not recursive.  ::
 
         with lock:
             if lock.abandoned:
