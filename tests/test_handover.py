@@ -140,6 +140,7 @@ def test_each_connection_is_accepted_by_the_generation_of_its_moment(path: Path)
         stack[0].__enter__()
         with running(client):
             try:
+                wait_until(lambda: answers)
                 for number in range(1, 11):
                     handover = Handover(path)
                     sock = listen(handover)
