@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import pickle
 import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from fdshare import (
     BytesCodec,
     Channel,
     ClosedError,
+    DecodeError,
+    DescriptorsLostError,
     Listener,
     MessageTooLargeError,
     PeerClosedError,
@@ -389,3 +393,47 @@ def test_client_refuses_its_server(path: str, transport: str) -> None:
             assert server.poll(20)
             with pytest.raises(AccessDeniedError, match="stranger"):
                 server.recv()
+
+
+# garbage
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_garbage_in_place_of_a_hello(path: str, transport: str, side: str) -> None:
+    """Whatever comes, in whatever pieces, with a descriptor or without: an error of its own type, and nothing is left open."""
+    random = Random(f"{transport} {side}")
+    kind = SOCKET_TYPES[transport]
+    errors = (ProtocolError, AccessDeniedError, PeerClosedError, DecodeError, DescriptorsLostError)
+    with contextlib.ExitStack() as stack:
+        if side == "client":
+            foreign = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
+            foreign.bind(path)
+            foreign.listen()
+        else:
+            listener = stack.enter_context(Listener(path, transport=transport, codec=BytesCodec()))
+        handle = stack.enter_context(numbered_handle(1))
+        for _ in range(300):
+            with socket.socket(socket.AF_UNIX, kind) as bare_end:
+                if side == "client":
+                    channel = connect(path, transport=transport, codec=BytesCodec())
+                    bare_end.close()
+                    bare_end, _ = foreign.accept()
+                else:
+                    bare_end.connect(path)
+                with bare_end:
+                    garbage = bytearray(Hello("bytes").data + random.randbytes(random.randrange(60)))
+                    for _ in range(random.randrange(4)):
+                        garbage[random.randrange(len(garbage))] = random.randrange(256)
+                    del garbage[random.randrange(len(garbage) + 1) :]
+                    cut = random.randrange(len(garbage) + 1)
+                    for part in (garbage[:cut], garbage[cut:]):
+                        if part:
+                            fds = [handle.fileno()] * random.choice([0, 0, 1])
+                            socket.send_fds(bare_end, [part], fds)
+                    if side == "server":
+                        channel = listener.accept(0.0)
+                with channel, pytest.raises(errors):
+                    while True:
+                        for received in channel.recv(timeout=20)[1]:
+                            received.close()
