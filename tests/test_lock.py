@@ -570,8 +570,8 @@ def test_an_interrupted_acquire_takes_nothing() -> None:
 def test_an_interrupt_ends_the_wait(mechanism: str) -> None:
     def wait() -> None:
         signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
             lock.acquire()
 
     lock = Lock()

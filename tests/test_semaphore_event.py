@@ -228,8 +228,8 @@ def test_an_interrupt_ends_the_wait(event: Event) -> None:
     before = signal.signal(signal.SIGALRM, strike)
     try:
         for wait in (event.wait, Semaphore(0).acquire):
-            signal.setitimer(signal.ITIMER_REAL, 0.02)
             with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.02)
                 wait()
     finally:
         signal.signal(signal.SIGALRM, before)

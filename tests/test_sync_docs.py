@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_examples import environment
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "sync.md"
 PROGRAMS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
@@ -22,7 +24,12 @@ def test_program(program: str, tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(program)
     run = subprocess.run(
-        [sys.executable, "-W", "error", str(path)], capture_output=True, text=True, timeout=40, check=False
+        [sys.executable, str(path)],
+        capture_output=True,
+        env=environment(),
+        text=True,
+        timeout=40,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == ""
