@@ -298,7 +298,9 @@ def listen_fds() -> list[tuple[str, FdHandle]]:
         ValueError: the variables are not numbers, or out of bounds.
         OSError: one of the descriptors is not open.
     """
-    pid, count, names = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    pid, count, names, _ = (
+        os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES", "PIDFDID")
+    )
     if not (pid and count) or int(pid) != os.getpid():
         return []
     if not 0 <= int(count) <= MAX_LISTEN_FDS:

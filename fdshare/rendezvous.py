@@ -7,17 +7,14 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Iterator
 
-from fdshare.handle import own
+from fdshare.socketfile import MAX_PATH
+from fdshare.socketfile import short_for_bind as short_path  # for connect too: the names are short
 
 __all__ = ["listen", "remove", "short_path"]
 
 BACKLOG = 1024
 """Connections that the kernel keeps while the sender is busy; the system may allow fewer, and then connect waits."""
-
-MAX_PATH = 100
-"""Bytes of a socket's path that fit everywhere (104 on BSD, 108 on Linux, with a terminator)."""
 
 _PREFIX = "fdshare-"
 _UNFINISHED = ".new"
@@ -48,16 +45,6 @@ def _directory() -> str:
 
 def _is_ours(found: os.stat_result) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-
-
-@contextlib.contextmanager
-def short_path(path: str) -> Iterator[str]:
-    """Give a path to the same socket that is short enough for bind and connect."""
-    if len(os.fsencode(path)) <= MAX_PATH or not sys.platform.startswith("linux"):
-        yield path
-        return
-    with own(os.open, os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) as directory:
-        yield f"/proc/self/fd/{directory.fileno()}/{os.path.basename(path)}"
 
 
 def listen() -> tuple[socket.socket, str]:
