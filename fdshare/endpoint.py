@@ -5,7 +5,7 @@
     is the listener's user admitted? --no--> REFUSED, AccessDeniedError
     hello -->
     (connect returns)                          accept: is the peer's user admitted? --no--> REFUSED, next one
-                                               <-- hello
+                                               <-- hello, unless it has seen the other's, and its own is the same
                                                (accept returns)
     before the first message it takes, each side checks the other's hello
 

@@ -88,9 +88,7 @@ class Greeting:
                 return False
             data = self.begun + arrived[0]
             if not arrived[0] or not (self.strict or hellos.is_hello(data)):
-                self._end(
-                    transport
-                )  # what has arrived, the end or a message, is for the transport to look at
+                self._end(transport)  # the end, or a message: the transport will look at it
                 return True
             if arrived[1]:
                 arrived.close()
@@ -163,8 +161,10 @@ class Answer:
 
 def _takes_less(theirs: Hello) -> bool:
     """Whether the peer takes less than this side may send."""
-    most = Hello("")
-    return theirs.descriptors < most.descriptors or theirs.packet < most.packet or theirs.size < most.size
+    return theirs.descriptors < _MOST.descriptors or theirs.packet < _MOST.packet or theirs.size < _MOST.size
+
+
+_MOST = Hello("")
 
 
 @attrs.frozen
@@ -283,9 +283,7 @@ def refuse(sock: socket.socket, reason: str) -> None:
     with sock:
         try:
             sock.send(hellos.pack_refusal(reason), rights.SEND_NOW)
-            sock.recv(
-                hellos.MAX_HELLO, rights.NOW
-            )  # unread it would reset the connection before the peer reads
+            sock.recv(hellos.MAX_HELLO, rights.NOW)  # left unread it would reset the connection
         except OSError:
             pass
 

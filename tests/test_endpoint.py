@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import resource
 import selectors
@@ -77,7 +78,7 @@ def test_first_message_of_every_kind(path: str, transport: str, timeout: float |
     with room_for(2000), connected(path, transport=transport) as ends:
         for near, far in (ends, ends[::-1]):
             message, handles = compose(5, kind)
-            with running(lambda near=near, message=message: near.send(message, timeout=20)):
+            with running(functools.partial(near.send, message, timeout=20)):
                 assert verify(far.recv(timeout=timeout)) == 5
             for handle in handles:
                 handle.close()
