@@ -408,7 +408,8 @@ _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for queue in list(_queues):  # what the parent had taken is the parent's
+    for queue in list(_queues):  # what the parent had taken is the parent's, and its threads are not here
+        queue._inside.clear()
         while queue._left:
             _close_left(queue._left.popleft())
 

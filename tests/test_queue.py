@@ -103,11 +103,11 @@ def test_items_without_a_reader_yet(queue: Queue) -> None:
     assert get_all(queue, 16) == list(range(16))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_each_item_goes_to_exactly_one_of_many(method: str) -> None:
     """Producers and consumers in processes, and in threads beside them."""
     queue, found = Queue(), Queue()
-    each, places = 100, 4
+    each, places = 64, 4
     producers = [
         Child(put_all, queue, range(place * each, (place + 1) * each), method=method) for place in (0, 1)
     ]
@@ -565,7 +565,7 @@ def _interrupted_get(dgram: bool, threads: int, count: int, seed: int) -> int:
 @pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("dgram", [False, True], ids=["seqpacket", "dgram"])
 def test_an_interrupted_get_loses_nothing(dgram: bool, threads: int) -> None:
-    assert checked_child(_interrupted_get, dgram, threads, 20_000, 5) > 20
+    assert checked_child(_interrupted_get, dgram, threads, 10_000, 5) > 10
 
 
 class InterruptsOnce:
@@ -636,6 +636,7 @@ def test_it_travels_in_a_foreign_pickle(queue: Queue) -> None:
     here.close()
 
 
+@pytest.mark.parametrize("sockets", ["seqpacket"], indirect=True)
 def test_it_travels_as_a_pool_argument_and_result(queue: Queue) -> None:
     with fdshare.ProcessPoolExecutor(1) as pool:
         pool.submit(Queue.put, queue, "from a worker").result(30)
@@ -700,7 +701,7 @@ def run_under_kills(kills: int, seed: int, folder: Path) -> None:
     try:
         for _ in range(kills):
             size = os.fstat(logs[1]).st_size
-            goal = size + draw.randrange(2000)
+            goal = size + draw.randrange(1000)
             wait_until(functools.partial(lambda goal: os.fstat(logs[1]).st_size >= goal, goal))
             pid, role = children.pop(draw.randrange(len(children)))
             os.kill(pid, signal.SIGKILL)
@@ -726,7 +727,7 @@ def run_under_kills(kills: int, seed: int, folder: Path) -> None:
 
 
 def test_random_deaths_of_producers_and_consumers(tmp_path: Path) -> None:
-    run_under_kills(30, 1, tmp_path)
+    run_under_kills(20, 1, tmp_path)
 
 
 @pytest.mark.soak

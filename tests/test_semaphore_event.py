@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import METHODS, running
+from helpers import running
 
 import fdshare
 from fdshare import ClosedError, Event, NotSendableError, Semaphore, sync
@@ -34,7 +34,7 @@ def mechanism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 # Each mechanism in forked children, and one in children started otherwise.
-PLACES = [("eventfd", method) for method in METHODS] + [("pipe", "fork")]
+PLACES = [("eventfd", "fork"), ("eventfd", "spawn"), ("pipe", "fork")]
 
 
 @pytest.fixture
@@ -98,11 +98,11 @@ def test_no_more_inside_than_units(mechanism: str, method: str) -> None:
 
 
 def test_every_unit_is_taken_once() -> None:
-    semaphore, count = Semaphore(0), 2000
+    semaphore, count = Semaphore(0), 1000
     taken = [0] * 4
 
     def take(place: int) -> None:
-        while semaphore.acquire(timeout=0.5):
+        while semaphore.acquire(timeout=0.3):
             taken[place] += 1
 
     with running(*(functools.partial(take, place) for place in range(4))):
@@ -151,7 +151,7 @@ def _interrupted_units(eventfd: bool, seed: int, times: int) -> int:
 
 
 def test_an_interrupted_acquire_loses_no_unit(mechanism: str) -> None:
-    assert checked_child(_interrupted_units, mechanism == "eventfd", 3, 300) == 300
+    assert checked_child(_interrupted_units, mechanism == "eventfd", 3, 200) == 200
 
 
 # --- event ---------------------------------------------------------------------------------------------------------------
