@@ -457,3 +457,11 @@ def test_at_sign_is_a_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     with Listener("@name"):
         assert (tmp_path / "@name").is_socket()
+
+
+@pytest.mark.soak
+def test_listeners_that_are_killed_and_started_again_and_again(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("listener_stress.py")
+    environment = {**os.environ, "PYTHONPATH": str(program.parent.parent)}
+    subprocess.run([sys.executable, program, tmp_path, "20"], check=True, timeout=50, env=environment)
+    assert {"lock"} <= set(os.listdir(tmp_path)) <= {"lock", "sock"}
