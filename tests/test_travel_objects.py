@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from travel import refusal, trip
 
@@ -263,6 +263,7 @@ def flattened(structure: Any) -> Iterator[tuple[Any, Any]]:
         yield from flattened(structure.held)
 
 
+@settings(max_examples=30)  # each runs several messages
 @given(structures, st.sampled_from(["seqpacket", "stream"]), st.booleans())
 def test_any_structure_keeps_shape_and_identity(structure: Any, transport: str, moved: bool) -> None:
     """The same handle in many places is one handle in those places; every other one is another."""
