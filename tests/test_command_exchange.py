@@ -588,10 +588,15 @@ def test_failures(
 )
 def test_interrupt_while_nobody_comes(number: int, code: int, raw: list[str], address: str) -> None:
     with start("recv", address, *raw) as receiver:
-        wait_until(lambda: os.path.exists(address))
+        wait_until(lambda: os.path.exists(address) and is_asleep(receiver.pid))
         receiver.send_signal(number)
         assert finished(receiver) == (code, "", "")
     assert not os.path.exists(address)
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether the process waits for something."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 def test_silent_peer(address: str) -> None:
