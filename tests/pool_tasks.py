@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import multiprocessing
 import os
 import signal
 import socket
@@ -105,6 +106,15 @@ def tell_and_wait(told: FdHandle, awaited: FdHandle) -> int:
         os.write(told.fileno(), b"!")
     wait_for(awaited)
     return os.getpid()
+
+
+def nested(method: str, depth: int) -> int:
+    """Run a pool inside a task, and so on; return how deep it went."""
+    if not depth:
+        return 0
+    with fdshare.ProcessPoolExecutor(2, multiprocessing.get_context(method)) as executor:
+        assert [executor.submit(identity, i).result(30) for i in range(3)] == [0, 1, 2]
+        return 1 + int(executor.submit(nested, method, depth - 1).result(30))
 
 
 def run_forever(told: FdHandle) -> None:

@@ -133,6 +133,10 @@ def test_arguments_that_wait_keep_their_descriptors(forked: ProcessPoolExecutor)
         assert [future.result(TIMEOUT) for future in blocked] == [None, None]
 
 
+def test_pools_inside_tasks(forked: ProcessPoolExecutor) -> None:
+    assert forked.submit(tasks.nested, "fork", 2).result(TIMEOUT) == 2
+
+
 # --- functions ------------------------------------------------------------------------------------------------------------
 
 

@@ -22,9 +22,10 @@ from typing import Any
 import attrs
 
 from fdshare.codec import PROTOCOL, Outgoing, PickleCodec, undecodable
+from fdshare.errors import FdShareError
 from fdshare.wire import ALWAYS_INLINE
 
-__all__ = ["FunctionCache", "encode_call", "encode_result", "run_chunk"]
+__all__ = ["FunctionCache", "encode_call", "encode_result", "run_chunk", "typed"]
 
 MAX_FUNCTIONS = 256
 """Most functions a worker keeps: those used last."""
@@ -200,6 +201,15 @@ def _is_fixed(code: types.CodeType) -> bool:
 def _global_names(code: types.CodeType) -> Iterator[str]:
     for part in _codes(code):
         yield from part.co_names
+
+
+def typed(error: BaseException, kind: type[FdShareError]) -> BaseException:
+    """Return ``error``, or one of ``kind`` where whoever asks the future for its result would be ended by it: SystemExit."""
+    if isinstance(error, Exception | KeyboardInterrupt):
+        return error
+    instead = kind(f"{type(error).__name__}({error}) was raised by pickling")
+    instead.__cause__ = error
+    return instead
 
 
 class FunctionCache:

@@ -33,7 +33,7 @@ says 255 where it does not know."""
 BATCH = 64
 """Most messages taken from one worker before the others are looked at."""
 
-ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending."
+ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending"
 
 
 class Undertaker:
@@ -139,7 +139,7 @@ class Undertaker:
             self._startup_exits += exitcode in range(255)
         if not pool.restart and worker.error is None:
             pool.broken = BrokenProcessPool(
-                "A child process terminated abruptly, the process pool is not usable anymore"
+                f"A child process terminated abruptly ({manner(exitcode)}), the process pool is not usable anymore"
             )
         elif self._startup_exits > MAX_STARTUP_EXITS or self._startup_deaths > MAX_STARTUP_DEATHS:
             pool.broken = BrokenProcessPool(
@@ -156,7 +156,7 @@ class Undertaker:
         if worker.error is not None:
             return worker.error
         if not self.pool.restart:
-            return BrokenProcessPool(ABRUPT)
+            return BrokenProcessPool(f"{ABRUPT} ({manner(exitcode)}).")
         return WorkerDiedError(
             f"worker {worker.pid} died while it ran this task: {manner(exitcode)}",
             pid=worker.pid,
@@ -207,7 +207,7 @@ class Undertaker:
             pool.timed = 0
             for task in tasks:
                 if task.future._task is not None:
-                    broken = BrokenProcessPool(ABRUPT)
+                    broken = BrokenProcessPool(f"{ABRUPT}: {error}")
                     broken.__cause__ = error
                     pool.outcomes.append((task, broken))
         pool.settle()

@@ -37,8 +37,9 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from fdshare.codec import Outgoing
+from fdshare.errors import NotSendableError
 from fdshare.pool import manager as managers
-from fdshare.pool.calls import encode_call
+from fdshare.pool.calls import encode_call, typed
 from fdshare.pool.compat import StandardNames
 from fdshare.pool.futures import TaskFuture
 from fdshare.pool.mapping import Slot, map_calls
@@ -165,7 +166,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         except (Exception, SystemExit) as error:  # noqa: BLE001 -- any __reduce__ may raise anything
             pool.grow()
             future.start()
-            future.set_exception(error)
+            future.set_exception(typed(error, NotSendableError))
             return
         task = Task(pool, future, timeout, retries)
         try:

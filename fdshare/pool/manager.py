@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from fdshare import parcel, recycle
 from fdshare.errors import DecodeError, FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own
+from fdshare.pool.calls import typed
 from fdshare.pool.deaths import BATCH, Undertaker
 from fdshare.pool.leading import seat_of
 from fdshare.pool.poller import Poller
@@ -163,7 +164,7 @@ class Manager(Undertaker, threading.Thread):
             worker, died = data
             if died:
                 dead.append(worker)
-            elif worker not in self._choked:
+            elif worker not in self._choked and not worker.masked:  # masked since it was polled
                 self._take_answers(worker)
         for worker in dead:
             self._bury(worker)
@@ -283,7 +284,7 @@ class Manager(Undertaker, threading.Thread):
         try:
             value = parcel.open_message(worker.channel, message)
         except BaseException as error:  # noqa: BLE001 -- sys.exit() while a result is unpickled, too
-            value, kind = error, ERROR
+            value, kind = typed(error, DecodeError), ERROR
             if not self.pool.restart and task is not None:
                 self._break_by_answer(task, error)
                 return

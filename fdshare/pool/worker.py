@@ -21,9 +21,9 @@ from typing import Any
 from fdshare import parcel
 from fdshare.channel import Channel
 from fdshare.codec import Outgoing
-from fdshare.errors import NotSendableError, PeerClosedError
+from fdshare.errors import DecodeError, NotSendableError, PeerClosedError
 from fdshare.handle import FdHandle
-from fdshare.pool.calls import FunctionCache, encode_result
+from fdshare.pool.calls import FunctionCache, encode_result, typed
 from fdshare.pool.tasks import (
     CALL,
     CANNOT_RECEIVE,
@@ -41,12 +41,8 @@ LOOK_EVERY = 8
 """After so many tasks a worker that used to wait for each looks whether they come faster now: a wait in vain takes a tenth of
 a small task's time, and so does a look."""
 
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
+_pid = 0
+"""The worker's process: what a task forks is not it."""
 
 
 def main(
@@ -66,8 +62,9 @@ def main(
         max_tasks: how many tasks to run before leaving; None for no limit.
         fragile: die of a call that cannot be decoded, as the standard executor's workers do.
     """
+    global _pid
+    _pid = os.getpid()
     _die_with_parent(life)
-    os.register_at_fork(after_in_child=_note_fork)
     if initializer is not None:
         try:
             initializer(*initargs)
@@ -167,9 +164,9 @@ def _perform(
     except BaseException as error:
         if fragile and not loaded:
             raise
-        value, kind = [_with_traceback(error)], ERROR
+        value, kind = [_with_traceback(error if loaded else typed(error, DecodeError))], ERROR
     function = args = kwargs = None
-    if _forked:
+    if os.getpid() != _pid:
         os._exit(0)  # a child that the task forked, and that came back: it is not the worker
     _answer(channel, number << KIND_BITS | kind, value)
 
