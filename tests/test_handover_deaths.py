@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,6 +58,8 @@ class Generation:
                 if dies:
                     die_at(dies, by)
                 status = generation(path, port, word, news, end, lazy)
+            except BaseException:  # noqa: BLE001 -- it must not run on as a second copy of the test
+                traceback.print_exc()
             finally:
                 os._exit(status)
         os.close(news)

@@ -266,6 +266,7 @@ class Handover:
             states = self._predecessor.commit(self._listeners.taken(), list(final), self._adopt)
         self._phase = _Phase.SERVING
         self._gate.move(GateState.OPEN)
+        unwanted = self._listeners.close_unwanted()  # before others succeed, who may want these addresses
         try:
             self._door.open()
         except RuntimeError as error:
@@ -273,8 +274,7 @@ class Handover:
                 "no thread is left to answer successors; this process serves all the same: %s", error
             )
         systemd.notify(*systemd.serving(os.getpid()))
-        self._listeners.tell_service_manager()
-        self._listeners.close_unwanted()
+        self._listeners.tell_service_manager(unwanted)
         if self._predecessor is not None and not (self._adopt and self._predecessor.alive):
             self._predecessor.channel.close()
         return states

@@ -110,25 +110,25 @@ class Listeners:
             raise
         return handles
 
-    def tell_service_manager(self) -> None:
-        """Let it keep what was bound here, and forget what is wanted no more."""
+    def close_unwanted(self) -> list[str]:
+        """Close what was offered or inherited, and nobody asked for; return the names that are used no more, or anew."""
+        names = [name for name, _ in self._inherited if name not in self._held]
+        while self._inherited:
+            self._inherited.pop()[1].close()
+        if self._offer is not None:
+            names += self._offer.listeners
+            self._offer.close()
+        return names
+
+    def tell_service_manager(self, unwanted: list[str]) -> None:
+        """Let it forget what is wanted no more, and keep what was bound here."""
         if not systemd.notifying():
             return
-        unwanted = [name for name, _ in self._inherited if name not in self._held]
-        if self._offer is not None:
-            unwanted += self._offer.listeners
         for name in unwanted:
             systemd.notify("FDSTOREREMOVE=1", f"FDNAME={name}")
         for name, held in self._held.items():
             if held.origin == "bound" and held.is_open:
                 systemd.notify("FDSTORE=1", f"FDNAME={name}", fds=[held.sock])
-
-    def close_unwanted(self) -> None:
-        """Close what was offered or inherited, and nobody asked for."""
-        while self._inherited:
-            self._inherited.pop()[1].close()
-        if self._offer is not None:
-            self._offer.close()
 
     def remove_files(self, kept: Collection[str] = ()) -> None:
         """Remove the files of AF_UNIX sockets, but for those of the names in ``kept``."""
