@@ -7,6 +7,7 @@ bounds the items of all producers together, with no accounts that could get out 
 from __future__ import annotations
 
 import errno
+import math
 import select
 import socket
 import sys
@@ -21,7 +22,7 @@ from fdshare.handle import HandleList
 from fdshare.inflight import TICK_SECONDS
 from fdshare.rights import Arrived
 from fdshare.sync import Event
-from fdshare.transport import Transport
+from fdshare.transport import DRAIN_SECONDS, Transport
 from fdshare.transports import socketpair
 
 __all__ = ["Inlet", "Outlet", "make_pair"]
@@ -34,6 +35,9 @@ DGRAM_BUFFER = 128 * 1024
 
 CLOSED_TICK_SECONDS = 0.02
 """How often a put that waits for room for its datagram looks whether the queue was closed meanwhile."""
+
+_PASSING = (errno.ETOOMANYREFS, errno.ENOBUFS)
+"""What a writer waits for until it has passed, beside room."""
 
 _RESERVE = 64
 """Bytes below the send buffer that no padded packet exceeds: the kernel refuses what leaves it less than 32."""
@@ -63,33 +67,25 @@ class Inlet(Transport):
             TimeoutError, PeerClosedError, ClosedError, FdLimitError, AccessDeniedError, NotSendableError
             OSError: EMSGSIZE.
         """
+        # The kernel wakes a writer when three quarters are free again, which is long where few items fill it; and it wakes
+        # none for the end of datagrams, nor, on macOS, for room.
+        tick = None if sum(map(len, pieces)) <= self.capacity // 8 else TICK_SECONDS
         if self._over is not None:
-            self._put_datagram(self._over, pieces, fds, deadline)
-            return
-        # The kernel wakes a writer when three quarters are free again, which is long where few items fill it.
-        ticks = sum(map(len, pieces)) > self.capacity // 8
-        while True:
-            tick = time.monotonic() + TICK_SECONDS if ticks else None
+            tick = CLOSED_TICK_SECONDS
+        drained = None
+        while self._over is None or not self._over.is_set():
             try:
-                self._send_step(pieces, fds, _earlier(tick, deadline))
-                return
-            except TimeoutError:
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise
-
-    def _put_datagram(
-        self, over: Event, pieces: Sequence[Any], fds: Sequence[int], deadline: float | None
-    ) -> None:
-        """Put where nothing wakes a writer for the end, and perhaps, as on macOS, not for room either."""
-        while not over.is_set():
-            try:
-                self._send_step(pieces, fds, _earlier(time.monotonic() + CLOSED_TICK_SECONDS, deadline))
+                until = None if tick is None else time.monotonic() + tick
+                self._send_step(pieces, fds, _earlier(until, deadline))
                 return
             except OSError as error:
-                if not isinstance(error, TimeoutError) and error.errno != errno.ENOBUFS:
+                if tick is None or not (isinstance(error, TimeoutError) or error.errno in _PASSING):
                     raise
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise TimeoutError("the queue is full; nothing was put") from error
+                now = time.monotonic()
+                if error.errno == errno.ETOOMANYREFS and deadline is None:
+                    drained = drained or now + DRAIN_SECONDS
+                if now >= (drained or deadline or math.inf):
+                    raise
         raise QueueClosedError
 
     def wait_for_room(self, deadline: float | None) -> None:

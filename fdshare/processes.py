@@ -62,7 +62,7 @@ class ProcessHandle(Travelling):
     the process still has to wait for it, and gets its status.  Dropping the handle does nothing to the process.
 
     Args:
-        process: a pid, or an object with one, such as ``subprocess.Popen`` or ``multiprocessing.Process``.  A bare pid must be
+        pid: a number, or an object with one, such as ``subprocess.Popen`` or ``multiprocessing.Process``.  A bare number must be
             of a process that cannot have ended and made room for another: a child that was not waited for, or oneself.
 
     Raises:
@@ -74,24 +74,22 @@ class ProcessHandle(Travelling):
 
     __slots__ = ("_exitcode", "_pid")
 
-    def __init__(self, process: int | HasPid) -> None:
+    def __init__(self, pid: int | HasPid) -> None:
         if not HAVE_PIDFD:
             raise NotImplementedError("this system has no process descriptors: Linux has, from 5.3")
-        pid = process if isinstance(process, int) else getattr(process, "pid", process)
-        if pid is None:
-            raise ValueError(f"{process!r} was not started")
-        if isinstance(pid, bool) or not isinstance(pid, int):
-            raise TypeError(f"a pid or an object with one, not {type(process).__name__}")
-        if pid < 1:
-            raise ValueError(f"no process has the number {pid}")
-        handle = keep(own(os.pidfd_open, pid))
+        number = pid if isinstance(pid, int) else getattr(pid, "pid", pid)
+        if number is None:
+            raise ValueError(f"{pid!r} was not started")
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"a pid or an object with one, not {type(pid).__name__}")
+        if number < 1:
+            raise ValueError(f"no process has the number {number}")
+        handle = keep(own(os.pidfd_open, number))
         # Looked at afterwards: as long as the object had not waited for it, the number was its process's.
-        if not isinstance(process, int) and _seen_end(process):
+        if not isinstance(pid, int) and _seen_end(pid):
             handle.close()
-            raise ProcessLookupError(
-                errno.ESRCH, f"{process!r} has ended; its number may be another process's"
-            )
-        self._adopt(handle, pid, None)
+            raise ProcessLookupError(errno.ESRCH, f"{pid!r} has ended; its number may be another process's")
+        self._adopt(handle, number, None)
 
     def _adopt(self, handle: Kept, pid: int, exitcode: int | None) -> None:
         self._handles = (handle,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from fdshare import (
     ClosedError,
     DecodeError,
     DescriptorsLostError,
+    FdLimitError,
     NotSendableError,
     PeerClosedError,
     ProtocolError,
@@ -500,6 +502,32 @@ def test_an_item_that_does_not_fit_is_a_typed_error_and_the_queue_goes_on(queue:
             handle.close()
         queue.put("next")
     assert checked_child(_get_at_the_limit, queue, counts) == [(3, True), (100, True), (300, True)]
+
+
+def _put_too_many(queue: Queue, size: int) -> tuple[int, int]:
+    """As an ordinary user with few descriptors; return how many are wanted and what the limit is, as the error says."""
+    soft = 60
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    with numbered_handle(1) as handle:
+        item = [bytearray(size), handle]
+        with pytest.raises(FdLimitError) as caught:
+            for _ in range(200):
+                queue.put(item, timeout=0.3)
+        assert caught.value.errno == errno.ETOOMANYREFS
+        for _ in range(10):
+            queue.get(timeout=0)[1].close()
+        queue.put(item, timeout=20)  # the same goes on when some were taken
+    return caught.value.needed, caught.value.limit
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_too_many_descriptors_in_flight(sockets: str, size: int) -> None:
+    with Queue(4 << 30) as queue:
+        assert checked_child(_put_too_many, queue, size) == (1 + (size > 10), 60)
 
 
 # --- interrupts, forks --------------------------------------------------------------------------------------
