@@ -1,7 +1,8 @@
 """Real servers under load by wrk, restarted ten times in a row: no request fails, and no connection is reset.
 
-Two loads run at the same time: one whose clients keep their connections, and one that connects for each request.  A generation
-that crashes while it starts comes before every second restart.
+Two loads run at the same time: one whose clients keep their connections, and one that connects for each request.  Where asked for,
+a generation that crashes while it starts comes before every second restart.  ``make soak`` has more of all: more restarts,
+settings and load, each with and without crashes.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Server:
 class Load:
     """wrk against a port, until it is told to end."""
 
-    def __init__(self, port: int, *options: str) -> None:
+    def __init__(self, port: int, *options: str, pause: int = 2) -> None:
         script = ROOT / "tests" / "load.lua"
         command = [
             "wrk",
@@ -94,7 +95,10 @@ class Load:
             *options,
         ]
         self.process = subprocess.Popen(
-            [*command, f"http://127.0.0.1:{port}/"], stdout=subprocess.PIPE, text=True
+            [*command, f"http://127.0.0.1:{port}/"],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "WRK_DELAY": str(pause)},
+            text=True,
         )
 
     def result(self) -> dict[str, int]:
@@ -126,14 +130,20 @@ def generations(example: str, control: Path, serves: str, *options: object) -> I
 
 
 def restart_under_load(
-    example: str, control: Path, serves: str, restarts: int, *options: object, crash_status: int | None = None
+    example: str,
+    control: Path,
+    serves: str,
+    restarts: int,
+    *options: object,
+    crash_status: int | None = None,
+    pause: int = 2,
 ) -> list[dict[str, int]]:
     """Restart an example under both loads, also while older generations still drain; return what the loads counted."""
     with contextlib.ExitStack() as stack:
         port, server = stack.enter_context(generations(example, control, serves, *options))
         arguments = ["--port", port, "--control", control, *options]
-        kept = stack.enter_context(Load(port))
-        anew = stack.enter_context(Load(port, "-H", "Connection: close"))
+        kept = stack.enter_context(Load(port, pause=pause))
+        anew = stack.enter_context(Load(port, "-H", "Connection: close", pause=pause))
         old = []
         for number in range(restarts):
             if crash_status is not None and number % 2 == 0:
@@ -169,9 +179,7 @@ def test_asyncio_server_through_ten_restarts(tmp_path: Path) -> None:
 @needs_wrk
 def test_uvicorn_through_ten_restarts(tmp_path: Path) -> None:
     options = ("--http", "h11", "--loop", "asyncio")
-    counts = restart_under_load(
-        UVICORN, tmp_path / "control", " serves at", RESTARTS, *options, crash_status=3
-    )
+    counts = restart_under_load(UVICORN, tmp_path / "control", " serves at", RESTARTS, *options)
     check("uvicorn", counts, RESTARTS)
 
 
@@ -203,7 +211,7 @@ def test_fifty_restarts(
         pytest.importorskip("httptools")
     control = tmp_path / "control"
     counts = restart_under_load(
-        example, control, serves, 50, *options, crash_status=status if crashes else None
+        example, control, serves, 50, *options, crash_status=status if crashes else None, pause=0
     )
     check(" ".join((example, *options)), counts, 50)
 
