@@ -566,7 +566,9 @@ def test_a_hook_that_fails_leaves_the_predecessor_serving(path: Path) -> None:
         old.on_stop(lambda: calls.append("stop 3"), lambda: calls.append("resume 3"))
         with Handover(path) as new:
             listen(new)
-            with pytest.raises(HandoverRevokedError, match="given this successor up"):
+            with pytest.raises(
+                HandoverRevokedError, match="given this successor up: RuntimeError: a worker does not stop"
+            ):
                 new.ready()
             with pytest.raises(HandoverError, match="failed"):
                 new.ready()

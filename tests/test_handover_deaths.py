@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -16,7 +17,9 @@ import pytest
 from handovers import SOON, answering, ask, listen
 from helpers import wait_until
 
-from fdshare.handover import Handover, HandoverError, door, protocol
+from fdshare import Channel, FdHandle, Pipe
+from fdshare.handover import Handover, HandoverError, HandoverRevokedError, door, protocol
+from fdshare.testing import Child
 
 STEPS_OF_THE_SUCCESSOR = (
     "before take",
@@ -284,3 +287,39 @@ def test_a_successor_that_is_stopped_for_long_learns_that_it_must_not_serve(
         with answering(sock, b"old"):
             assert ask(port) == b"old"
             old.close()
+
+
+def serve_at_the_limit(path: Path, channel: Channel, room: int) -> None:
+    """Be a generation that has room for no more than so many descriptors, until told otherwise."""
+    with Handover(path) as handover:
+        listen(handover)
+        handover.ready()
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with FdHandle.dup(0) as next_one:
+            lowest = next_one.fileno()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + room, before[1]))
+        channel.send("ready")
+        channel.recv()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        channel.send("again")
+        assert handover.retired.wait(SOON)
+
+
+@pytest.mark.parametrize("room", range(8))
+def test_a_predecessor_at_its_limit_of_descriptors_serves_on(path: Path, room: int) -> None:
+    ours, theirs = Pipe()
+    with ours, Child(serve_at_the_limit, path, theirs, room, method="fork", unwanted=(ours,)) as child:
+        theirs.close()
+        assert ours.recv(timeout=SOON) == "ready"
+        try:
+            Handover(path, timeout=0.3).close()
+        except (TimeoutError, HandoverRevokedError) as error:  # no room for the peer, or none for the offer
+            assert isinstance(error, TimeoutError) or "open files" in str(error)  # noqa: PT017
+            assert room < 6
+        ours.send("raise the limit")
+        assert ours.recv(timeout=SOON) == "again"
+        with Handover(path) as new:
+            assert new.generation == 1
+            listen(new)
+            new.ready()
+            child.result(SOON)

@@ -1,8 +1,8 @@
 """Real servers under load by wrk, restarted ten times in a row: no request fails, and no connection is reset.
 
-Two loads run at the same time: one whose clients keep their connections, and one that connects for each request.  Where asked for,
-a generation that crashes while it starts comes before every second restart.  ``make soak`` has more of all: more restarts,
-settings and load, each with and without crashes.
+Two loads run at the same time: one whose clients keep their connections, and one that connects for each request.  Where asked
+for, a generation that crashes while it starts comes before every second restart.  ``make soak`` has more of all: more
+restarts, settings and load, each with and without crashes.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ START_SECONDS = 5.0
 """How long a successor may take from being told to go on to saying that it serves, while nobody accepts.  It does nothing but
 send; after that it counts as stopped, and this process resumes."""
 
-ACCEPT_PAUSE = 0.1
-"""Seconds without accepting after it has failed, as at the descriptor limit."""
+PAUSE = 0.1
+"""Seconds without looking after that has failed, as at the descriptor limit."""
 
 OUTLAST_TICK = 1.0
 """Seconds between two looks whether this process has closed its own end meanwhile."""
@@ -143,20 +143,26 @@ class Door:
         pending = self._pending
         try:
             while not self._closed and self.state is not DoorState.GONE:
-                now = time.monotonic()
-                for channel in [channel for channel, deadline in pending.items() if deadline <= now]:
-                    self._drop(channel)
-                left = min(pending.values(), default=None)
-                left = None if left is None else left - now
-                for thing in wait([self._signal, self._listener, *pending], left):
-                    if thing is self._listener:
-                        self._accept()
-                    elif thing in pending:
-                        self._attend(thing)
+                try:
+                    self._attend_to_all()
+                except OSError as error:  # no descriptor left, most likely: even waiting takes one
+                    logger.warning("successors have to wait: %s", error)
+                    time.sleep(PAUSE)
         finally:
             for channel in list(pending):
                 self._drop(channel)
             self._listener.close()
+
+    def _attend_to_all(self) -> None:
+        pending, now = self._pending, time.monotonic()
+        for channel in [channel for channel, deadline in pending.items() if deadline <= now]:
+            self._drop(channel)
+        left = min(pending.values(), default=None)
+        for thing in wait([self._signal, self._listener, *pending], None if left is None else left - now):
+            if thing is self._listener:
+                self._accept()
+            elif thing in pending:
+                self._attend(thing)
 
     def _accept(self) -> None:
         try:
@@ -166,9 +172,6 @@ class Door:
                     self._drop(next(iter(self._pending)))
         except TimeoutError:
             pass
-        except OSError as error:  # FdLimitError, most likely
-            logger.warning("a successor has to wait: %s", error)
-            time.sleep(ACCEPT_PAUSE)
 
     def _drop(self, channel: Channel) -> None:
         del self._pending[channel]
@@ -239,15 +242,13 @@ class Door:
 
     def _succeed(self, channel: Channel, version: int) -> None:
         try:
-            gone = False
             try:
                 self._host.begin_offer()
                 self._offer(channel, version)
                 kept = self._initialising(channel)
-                gone = True
-            finally:
-                if not gone:
-                    self._release(channel)
+            except BaseException as error:
+                self._release(channel, f"{type(error).__name__}: {error}")
+                raise
             self._retire(channel, kept)
         except (ClosedError, PeerClosedError):
             pass  # this process ends, or the successor did
@@ -260,7 +261,7 @@ class Door:
             with self._lock:
                 self._sessions.pop(channel, None)
 
-    def _release(self, channel: Channel) -> None:
+    def _release(self, channel: Channel, why: str) -> None:
         """Let others succeed: this one has failed."""
         with self._lock:
             self.state = DoorState.OFFERED if self._closed else DoorState.IDLE
@@ -271,7 +272,7 @@ class Door:
             self._successor = None
         logger.info("process %d did not succeed; process %d serves on", pid, os.getpid())
         self._host.end_offer()
-        told, _ = self._revoke(channel, "the predecessor has given this successor up")
+        told, _ = self._revoke(channel, f"the predecessor has given this successor up: {why}")
         if not told:
             self._outlast(channel)
 
@@ -390,7 +391,7 @@ class Door:
             channel.close()
         for thread in (self._thread, *sessions.values()):
             if thread is not None and thread is not threading.current_thread():
-                thread.join()
+                thread.join(2 * START_SECONDS)  # longer is a function of the program's that does not return
         self._listener.close()  # where no thread has
         self._signal.close()
         return left

@@ -70,7 +70,8 @@ class Handover:
 
     Raises:
         HandoverBusyError: another successor is being initialised, or the other process is not ready itself.
-        HandoverError: the other process speaks another version of the protocol.
+        HandoverRevokedError: the other process could not make an offer: the text says why.
+        HandoverError: it speaks another version of the protocol.
         TimeoutError: it does not answer.
         AccessDeniedError: it is another user's.
         OSError: the control socket can be neither reached nor made.

@@ -179,6 +179,7 @@ def find(address: Address, allow: Policy, timeout: float | None) -> tuple[Contro
 
     Raises:
         HandoverBusyError: another successor is being initialised, or the predecessor is not ready itself.
+        HandoverRevokedError: it could not make an offer: the text says why.
         HandoverError: it speaks no version of the protocol that this process does.
         TimeoutError: it does not answer.
         AccessDeniedError: it is of another user, or admits none of ours.
@@ -231,6 +232,8 @@ def _ask(channel: Channel, address: Address, timeout: float | None) -> tuple[Con
     if kind == "offer":
         return _read_offer(channel, address, fields)
     text = str(fields.get("text"))
+    if kind == "revoked":
+        raise HandoverRevokedError(text)
     if fields.get("why") == "busy":
         raise HandoverBusyError(text)
     if fields.get("why") == "gone":
