@@ -240,6 +240,7 @@ class Service:
         transport = writer.transport
         if transport.get_extra_info("sslcontext") or transport.get_write_buffer_size() or reader.at_eof():
             return False
+        # Not aio.detach, which spends both: where nothing can be sent, the handler must go on with them.
         unread = bytes(reader._buffer)  # type: ignore[attr-defined]
         try:
             with FdHandle.dup(transport.get_extra_info("socket")) as handle:

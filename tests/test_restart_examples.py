@@ -97,6 +97,8 @@ def test_generations_of_an_example(name: str, tmp_path: Path, stack: ExitStack) 
     idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert read_answer(words) == f"second from {second.process.pid}\n".encode()
     assert words.read() == b""
+    words.close()
+    idle.close()
 
     second.process.send_signal(signal.SIGHUP)  # the third is its own doing, and nobody's child
     second.wait_for("generation 2|Generation 2")
