@@ -222,7 +222,7 @@ def _number(value: int) -> bytes:
 _ONE = _number(1)
 
 
-def _raise_closed() -> bytes:
+def _raise_closed() -> object:
     raise ClosedError("this Semaphore was closed")
 
 
@@ -277,9 +277,11 @@ class Semaphore(_Readable):
         OSError: no descriptor left.
     """
 
-    __slots__ = ("_read",)
+    __slots__ = ("_give", "_take")
 
-    _read: Iterator[bytes]
+    # Each step is one system call for one unit.
+    _take: Iterator[object]
+    _give: Iterator[object]
 
     def __init__(self, value: int = 1) -> None:
         if not 0 <= value <= _LARGEST:
@@ -294,7 +296,9 @@ class Semaphore(_Readable):
 
     def _adopt(self, handles: tuple[Kept, ...]) -> None:
         super()._adopt(handles)
-        self._read = starmap(os.read, repeat((handles[0].fileno(), 8 if len(handles) == 1 else 1)))
+        unit = _ONE if len(handles) == 1 else b"\0"
+        self._take = starmap(os.read, repeat((handles[0].fileno(), len(unit))))
+        self._give = starmap(os.write, repeat((handles[-1].fileno(), unit)))
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take one unit; return whether there was one.
@@ -306,17 +310,21 @@ class Semaphore(_Readable):
         Raises:
             ClosedError: this object was closed.
         """
+        try:
+            for _ in self._take:
+                return True  # no call lies between the taking and this: an interrupt would lose the unit
+        except BlockingIOError:
+            pass
+        if not blocking:
+            return False
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
+        while self._is_readable(None if deadline is None else deadline - time.monotonic()):
             try:
-                for _ in self._read:
-                    return True  # no call lies between the taking and this: an interrupt would lose the unit
+                for _ in self._take:
+                    return True
             except BlockingIOError:
-                pass
-            if not blocking:
-                return False
-            if not self._is_readable(None if deadline is None else deadline - time.monotonic()):
-                return False
+                pass  # somebody else was faster
+        return False
 
     def release(self, n: int = 1) -> None:
         """Give back, or add, ``n`` units.
@@ -329,8 +337,11 @@ class Semaphore(_Readable):
         if n < 1:
             raise ValueError(f"release({n}): one unit at least")
         try:
+            if n == 1:
+                for _ in self._give:
+                    return
             if len(self._handles) == 1:
-                self._write(_ONE if n == 1 else _number(n))
+                self._write(_number(n))
                 return
             for done in range(0, n, _CHUNK):
                 self._write(bytes(min(_CHUNK, n - done)))
@@ -343,7 +354,7 @@ class Semaphore(_Readable):
         Raises:
             OSError: as close(2).
         """
-        self._read = starmap(_raise_closed, repeat(()))
+        self._take = self._give = starmap(_raise_closed, repeat(()))
         super().close()
 
     def __enter__(self) -> Semaphore:
