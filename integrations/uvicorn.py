@@ -41,6 +41,9 @@ TICK_SECONDS = 0.05
 
 CLOSE = (b"connection", b"close")
 
+STARTUP_FAILURE = 3
+"""The exit status of a uvicorn whose application did not start up."""
+
 
 def run(
     app: Any,
@@ -82,7 +85,10 @@ def run(
             if uds is None
             else handover.listen_unix(name, uds, mode=0o666, backlog=config.backlog)
         )
-        make_server(config, handover, sock, drain=drain).run()
+        server = make_server(config, handover, sock, drain=drain)
+        server.run()
+        if not server.started:  # as older uvicorns leave it to their own run()
+            raise SystemExit(STARTUP_FAILURE)
 
 
 def make_server(
