@@ -14,7 +14,7 @@ import pytest
 from handovers import SOON, answering, ask, first, listen, port_of
 from helpers import running, wait_until
 
-from fdshare import ClosedError, PeerClosedError, Pipe, wait
+from fdshare import ClosedError, DecodeError, PeerClosedError, Pipe, wait
 from fdshare.handover import (
     Handover,
     HandoverBusyError,
@@ -520,6 +520,26 @@ def test_final_states_are_taken_once_nothing_is_accepted(path: Path) -> None:
     assert seen == [True]
 
 
+class Unreadable:
+    def __reduce__(self) -> tuple[object, ...]:
+        return int, ("no number",)
+
+
+def test_a_final_state_that_the_new_code_cannot_read_leaves_the_predecessor_serving(path: Path) -> None:
+    with first(path) as (old, old_sock), answering(old_sock, b"old"):
+        old.offer("unreadable", Unreadable)
+        with Handover(path) as new:
+            listen(new)
+            with pytest.raises(DecodeError):
+                new.state("unreadable")
+            assert new.state("unknown", None) is None
+            with pytest.raises(DecodeError):
+                new.ready(final=["unreadable"])
+        assert ask(port_of(old_sock)) == b"old"
+        assert not old.retired.is_set()
+        old.close()
+
+
 @pytest.mark.parametrize("final", ["failing", "unsendable"])
 def test_a_final_state_that_fails_leaves_the_predecessor_serving(path: Path, final: str) -> None:
     with first(path) as (old, old_sock):
@@ -775,6 +795,24 @@ def test_no_descriptor_is_left_behind_by_a_failed_start(tmp_path: Path) -> None:
 
 
 # fork ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_forked_child_accepts_as_from_an_ordinary_socket(path: Path, ready: bool) -> None:
+    """Pre-forked workers wait in accept; it is the parent's affair to stop them."""
+    with Handover(path) as handover:
+        sock = listen(handover)
+        if ready:
+            handover.ready()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with sock.accept()[0] as connection:
+                    connection.sendall(b"child")
+            finally:
+                os._exit(0)
+        assert ask(port_of(sock)) == b"child"
+        assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_fork_leaves_everything_to_the_parent(path: Path) -> None:

@@ -82,8 +82,9 @@ class Manager:
         self.process.terminate()
         self.process.wait(SOON)
         for top in ("systemd", "unified", "."):
-            with suppress(OSError):
-                os.rmdir(f"/sys/fs/cgroup/{top}/{self.name}")
+            for directory, _, _ in os.walk(f"/sys/fs/cgroup/{top}/{self.name}", topdown=False):
+                with suppress(OSError):
+                    os.rmdir(directory)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ class Gate:
         """After RETIRED: the names of the sockets that the successor serves."""
         self._changed = threading.Condition(self.lock)
         self._drained: set[str] = set()
-        self._signal = Signal()
+        self._signal: Signal | None = Signal()
 
     def admits(self, name: str) -> bool:
         """Whether the socket called ``name`` may accept now; whoever asks holds the lock.
@@ -92,7 +92,7 @@ class Gate:
             if self.state is not GateState.CLOSED:
                 self.state, self.kept = state, kept
                 self._changed.notify_all()
-        if state in (GateState.RETIRED, GateState.CLOSED):
+        if state in (GateState.RETIRED, GateState.CLOSED) and self._signal is not None:
             self._signal.set()
 
     def wait_until_moved(self, deadline: float | None) -> bool:
@@ -102,22 +102,32 @@ class Gate:
             return self._changed.wait_for(lambda: self.state not in (GateState.SHUT, GateState.PAUSED), left)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[int]:
-        """Lend a descriptor that gets readable when the gate is RETIRED or CLOSED."""
+    def watching(self) -> Iterator[int | None]:
+        """Lend a descriptor that gets readable when the gate is RETIRED or CLOSED; None in a forked child, where it stays open.
+
+        Raises:
+            ClosedError: it is CLOSED.
+        """
+        if self._signal is None:
+            yield None
+            return
         with self._signal.borrowed() as fd:
             yield fd
 
     def close(self) -> None:
         """Close for good, and wake everybody who waits."""
         self.move(GateState.CLOSED)
-        self._signal.close()
+        if self._signal is not None:
+            self._signal.close()
 
     def forget(self) -> None:
         """After a fork, in the child: other threads' locks are gone, and its sockets are ordinary ones from now on."""
         self.lock = threading.Lock()
         self._changed = threading.Condition(self.lock)
         self.state = GateState.OPEN if self.state is not GateState.CLOSED else self.state
-        self._signal.forget()
+        signal, self._signal = self._signal, None
+        if signal is not None:
+            signal.forget()
 
 
 class Signal:

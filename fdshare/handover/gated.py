@@ -133,7 +133,8 @@ class HandoverSocket(socket.socket):
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
         with self._gate.watching() as closing:
-            poll.register(closing, select.POLLIN)
+            if closing is not None:
+                poll.register(closing, select.POLLIN)
             return bool(poll.poll(None if left is None else left * 1000))
 
     # --- copies -----------------------------------------------------------------------------------------------------------

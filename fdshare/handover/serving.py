@@ -80,10 +80,12 @@ class Serving:
 
     def retire(self, successor: int, kept: Collection[str]) -> None:
         """The process ``successor`` serves now, with the listeners in ``kept``."""
-        self._gate.move(GateState.RETIRED, kept)
-        systemd.notify(*systemd.serving(successor))
-        systemd.barrier()  # or our end could be seen before the successor is known, and would be the service's
-        self._listeners.remove_files(kept)
-        self._control.handle.close()
-        logger.info("process %d has succeeded process %d", successor, os.getpid())
-        self._retired.set()
+        try:
+            self._gate.move(GateState.RETIRED, kept)
+            systemd.notify(*systemd.serving(successor))
+            systemd.barrier()  # or our end could be seen before the successor is known, and would be the service's
+            self._listeners.remove_files(kept)
+            self._control.handle.close()
+            logger.info("process %d has succeeded process %d", successor, os.getpid())
+        finally:
+            self._retired.set()  # whatever went wrong: there are two of us
