@@ -132,7 +132,11 @@ class Service:
         return self._ending.is_set()
 
     def end(self) -> None:
-        """Let :meth:`serve` stop accepting, drain and return; to be called in the event loop."""
+        """Let :meth:`serve` stop accepting, drain and return; to be called in the event loop.
+
+        Raises:
+            nothing.
+        """
         self._ending.set()
 
     async def serve(
@@ -275,6 +279,9 @@ async def linger(
 
     Args:
         timeout: seconds that the client may take.
+
+    Raises:
+        asyncio.CancelledError: the task was cancelled.
     """
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(timeout):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import socket
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from handovers import SOON
 from helpers import wait_until
+from test_api import annotation_faults, docstring_faults, public_members
+
+import fdshare.handover
+from fdshare.integrations import asyncio_server, gunicorn, uvicorn
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "handover.md").read_text()
@@ -59,3 +65,19 @@ def test_the_page_shows_the_units_that_were_tried() -> None:
         assert f"../examples/hot_restart.{unit}" in PAGE
         for line in (ROOT / "examples" / f"hot_restart.{unit}").read_text().splitlines():
             assert line.startswith(("[", "#")) or "=" in line or not line
+
+
+@pytest.mark.parametrize("module", [fdshare.handover, asyncio_server, uvicorn, gunicorn])
+def test_public_names_are_documented_and_typed(module: ModuleType) -> None:
+    faults = []
+    for name in module.__all__:
+        thing = getattr(module, name)
+        faults += docstring_faults(name, thing, thing.__doc__)
+        if inspect.isroutine(thing):
+            faults += annotation_faults(name, thing)
+        elif not issubclass(thing, BaseException):
+            for member, value in public_members(thing):
+                function = value.fget if isinstance(value, property) else value
+                faults += docstring_faults(f"{name}.{member}", value, value.__doc__)
+                faults += annotation_faults(f"{name}.{member}", function)
+    assert faults == []

@@ -69,7 +69,11 @@ class Connections:
         return self._channel.fileno()
 
     def close(self) -> None:
-        """Take no more; the predecessor is told so by its next ``send_connection``.  Twice is harmless."""
+        """Take no more; the predecessor is told so by its next ``send_connection``.  Twice is harmless.
+
+        Raises:
+            OSError: as close(2).
+        """
         if self._channel is not None:
             self._channel.close()
 

@@ -213,7 +213,11 @@ class Retired:
         self._set = self._over = False
 
     def is_set(self) -> bool:
-        """Whether a successor serves."""
+        """Tell whether a successor serves.
+
+        Raises:
+            nothing.
+        """
         return self._set
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -221,6 +225,9 @@ class Retired:
 
         Args:
             timeout: seconds; None waits for ever.
+
+        Raises:
+            nothing.
         """
         with self._condition:
             self._condition.wait_for(lambda: self._over, timeout)
@@ -283,16 +290,16 @@ class Retired:
         for callback in callbacks:
             callback()
 
-    def set(self) -> None:
+    def _retire(self) -> None:
         """Wake everybody: a successor serves."""
         self._end(True)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Wake everybody: there will be none; twice is harmless."""
         self._end(False)
         self._signal.close()
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """After a fork, in the child: nobody tells it anything any more."""
         self._condition = threading.Condition()
         self._callbacks = []

@@ -42,7 +42,11 @@ class HandoverSocket(socket.socket):
     _path: str
 
     def getsockname(self) -> Any:
-        """Return the address: of an AF_UNIX socket the path where it is, for the kernel remembers where it was made."""
+        """Return the address: of an AF_UNIX socket the path where it is, for the kernel remembers where it was made.
+
+        Raises:
+            OSError: as getsockname(2).
+        """
         return self._path or super().getsockname()
 
     @property
@@ -63,15 +67,27 @@ class HandoverSocket(socket.socket):
         self._wait = value
 
     def gettimeout(self) -> float | None:
-        """Return how many seconds calls of this object wait."""
+        """Return how many seconds calls of this object wait; None for ever.
+
+        Raises:
+            nothing.
+        """
         return self._wait
 
     def setblocking(self, flag: bool) -> None:
-        """Wait for ever, or not at all."""
+        """Let calls of this object wait for ever, or not at all.
+
+        Raises:
+            nothing.
+        """
         self._wait = None if flag else 0.0
 
     def getblocking(self) -> bool:
-        """Whether calls of this object wait."""
+        """Tell whether calls of this object wait.
+
+        Raises:
+            nothing.
+        """
         return self._wait != 0.0
 
     # --- what the gate stands before --------------------------------------------------------------------------------------

@@ -184,6 +184,9 @@ class Handover:
         """Take a descriptor of that name that systemd started this process with, of any kind; None where there is none.
 
         What is taken neither by this nor by ``listen`` is closed by ``ready``.
+
+        Raises:
+            nothing.
         """
         return self._listeners.take_inherited(name)
 
@@ -414,7 +417,7 @@ class Handover:
         self._listeners.close()
         if self._control is not None:
             self._control.handle.close()
-        self.retired.close()
+        self.retired._close()
 
     def _forget(self) -> None:
         """After a fork, in the child: the listening sockets are ordinary ones, and everything else is the parent's."""
@@ -423,7 +426,7 @@ class Handover:
         if phase is _Phase.CLOSED:
             return
         self._gate.forget()
-        self.retired.forget()
+        self.retired._forget()
         if self._door is not None:
             self._door.forget()
         if self._predecessor is not None:

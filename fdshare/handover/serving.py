@@ -88,4 +88,4 @@ class Serving:
             self._control.handle.close()
             logger.info("process %d has succeeded process %d", successor, os.getpid())
         finally:
-            self._retired.set()  # whatever went wrong: there are two of us
+            self._retired._retire()  # whatever went wrong: there are two of us
