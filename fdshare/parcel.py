@@ -9,6 +9,7 @@ last eight bytes of a bare pickle (unpickling stops before them), the nonce in t
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -58,23 +59,32 @@ class Parcel:
 Message = bytes | Parcel
 
 
-def seal(message: bytes | Outgoing, tag: int, user: object = None) -> Message:
+def seal(
+    message: bytes | Outgoing,
+    tag: int,
+    user: object = None,
+    admit: Callable[[int], object] | None = None,
+) -> Message:
     """Give an encoded message its tag and descriptors of its own; what it borrowed is left to the caller.
 
     Args:
         message: as ``codec.encode`` made it; of an Outgoing nothing is closed or consumed.
         tag: below 2**64.
         user: on whose behalf segments may be recycled, see ``recycle.lease``; None where they may not.
+        admit: for an Outgoing, called with the bytes that it will take before they are spent; may wait, and raise.
 
     Raises:
         FdLimitError, OSError: no descriptor left.
         NoSpaceError, MessageTooLargeError: as for ``Channel.send``.
+        BaseException: what ``admit`` raised.
     """
     if isinstance(message, bytes):
         return message + tag.to_bytes(_TAG_SIZE, "little")
-    if not message.fds and not message.buffers and sum(map(len, message.payload)) <= wire.MAX_INLINE:
-        return b"".join([*message.payload, tag.to_bytes(_TAG_SIZE, "little")])
     header, payload, parts = plan = packets.plan(message, wire.MESSAGE, wire.MAX_INLINE, tag)
+    if admit is not None:
+        admit(header.segment_size or header.payload_size)
+    if parts is None and not message.fds:
+        return b"".join([*payload, tag.to_bytes(_TAG_SIZE, "little")])
     handles: HandleList = Handles()
     try:
         handles.extend(map(FdHandle.dup, message.fds))

@@ -82,7 +82,7 @@ def doubled(values: Any) -> Any:
     return values
 
 
-def crash(manner: str) -> None:
+def crash(manner: str, _: Any = None) -> None:
     """End this process in the middle of a task."""
     import faulthandler
 

@@ -197,6 +197,7 @@ class Undertaker:
                 broken.__cause__ = error
                 error = broken
             pool.broken = error
+            pool.let_go()
             tasks = list(pool.pending)
             pool.pending.clear()
             pool.attend_all()

@@ -38,6 +38,7 @@ from typing import Any, TypeVar
 
 from fdshare.codec import Outgoing
 from fdshare.errors import NotSendableError
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.pool import manager as managers
 from fdshare.pool.calls import encode_call, typed
 from fdshare.pool.compat import StandardNames
@@ -87,6 +88,8 @@ class ProcessPoolExecutor(StandardNames, Executor):
         max_tasks_per_child: tasks after which a worker is replaced; None for no limit; not with the start method fork.
         restart_workers: whether a dead worker is replaced and only its task fails; False breaks the whole pool, as the
             standard executor does.
+        max_inflight: most bytes of large arguments whose tasks are not done, before ``submit`` waits for some to be; None for
+            no bound.  One task more than there are workers is always taken; see backlog.py for who never waits.
 
     Raises:
         ValueError, TypeError: as the standard executor.
@@ -101,6 +104,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         *,
         max_tasks_per_child: int | None = None,
         restart_workers: bool = True,
+        max_inflight: int | None = DEFAULT_MAX_INFLIGHT,
     ) -> None:
         if max_workers is None:
             max_workers = _cpu_count()
@@ -120,8 +124,16 @@ class ProcessPoolExecutor(StandardNames, Executor):
                     "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; "
                     "supply a different mp_context."
                 )
+        if max_inflight is not None and max_inflight <= 0:
+            raise ValueError("max_inflight must be None or > 0")
         pool = Pool(
-            max_workers, mp_context, initializer, tuple(initargs), max_tasks_per_child, restart_workers
+            max_workers,
+            mp_context,
+            initializer,
+            tuple(initargs),
+            max_tasks_per_child,
+            restart_workers,
+            max_inflight,
         )
         self._pool = pool
 
@@ -137,7 +149,8 @@ class ProcessPoolExecutor(StandardNames, Executor):
         """Schedule ``fn(*args, **kwargs)`` and return its future.
 
         The call is encoded before this returns: its files and sockets may be closed and its arrays changed at once.
-        What cannot be encoded is the future's exception.
+        What cannot be encoded is the future's exception.  Waits while the large arguments of other tasks take more than
+        ``max_inflight`` bytes.
 
         Raises:
             RuntimeError: after shutdown.
@@ -268,6 +281,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         with pool.lock:
             pool.closing = True
             pool.attend_all()
+            pool.let_go()
         if cancel_futures:
             pool.withdraw_all(begun_by_order=True)
         pool.wake()
@@ -300,6 +314,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         with pool.lock:
             processes = [worker.process for worker in pool.workers.values()]
             pool.closing = True
+            pool.let_go()
         pool.withdraw_all(begun_by_order=False)
         pool.wake()
         for process in processes:

@@ -230,11 +230,17 @@ class TaskFuture(Future[Any]):
             self._invoke_callbacks()
 
     def _invoke_callbacks(self) -> None:
+        pool = self._pool
+        outer, own = pool.in_callback, threading.current_thread() is pool.manager
+        if own:
+            pool.in_callback = time.monotonic()
         for callback in self._done_callbacks:
             try:
                 callback(self)
             except BaseException:  # noqa: BLE001 -- sys.exit() too: it must not end the thread that serves all tasks
                 states.LOGGER.exception("exception calling callback for %r", self)
+        if own:
+            pool.in_callback = outer
 
     def cancel(self) -> bool:
         """Cancel the call unless a worker has begun it; return whether it is cancelled."""

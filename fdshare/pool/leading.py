@@ -27,15 +27,15 @@ import select
 import time
 from collections import deque
 from concurrent.futures import _base as states
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fdshare import parcel
 from fdshare.handle import FdHandle, own
+from fdshare.pool.backlog import Backlog
 from fdshare.pool.tasks import ERROR, KIND_BITS, KIND_MASK, RESULT
 
 if TYPE_CHECKING:
     from fdshare.pool.futures import TaskFuture
-    from fdshare.pool.manager import Manager
     from fdshare.pool.tasks import Task
     from fdshare.pool.workers import Worker
 
@@ -162,6 +162,9 @@ def lead(task: Task, future: TaskFuture, deadline: float | None) -> None:
             future._task = None
             task.worker = None
             worker.unread = None
+            pool.load -= task.size
+            pool.loads -= task.size > 0
+            task.size = 0
             del worker.assigned[task.number]
             mine.valid = False
             worker.lead = None
@@ -203,20 +206,19 @@ def _leave(pool: Leaders, worker: Worker) -> None:
             pool.after_lead(worker)
 
 
-class Leaders:
+class Leaders(Backlog):
     """The pool's part of it."""
 
-    lock: Any
     workers: dict[int, Worker]
     idle: list[Worker]
     pending: deque[Task]
     closing: bool
     broken: BaseException | None
     abandoned: bool
-    manager: Manager | None
     counts: dict[str, int]
 
-    def __init__(self) -> None:
+    def __init__(self, max_inflight: int | None) -> None:
+        super().__init__(max_inflight)
         self.futures = 0  # how many were made
         self.streak = 0  # how many tasks in a row the caller has waited for, one after the other
         self.untended = False  # idle workers may find something to do
@@ -295,6 +297,7 @@ class Leaders:
 
     def after_lead(self, worker: Worker) -> None:
         """Do what follows an answer that the manager has not seen.  Lock held."""
+        self.let_go()
         manager = self.manager
         if manager is None or worker.assigned or worker.leaving:
             self.attend(worker)

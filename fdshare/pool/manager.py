@@ -127,6 +127,7 @@ class Manager(Undertaker, threading.Thread):
             pool.attend_all()
             workers, pool.workers = dict(pool.workers), {}
             pool.closing = True
+            pool.let_go()
             pool.initializer, pool.initargs = None, ()  # for whoever counts references to them
         for worker in workers.values():
             worker.process.join()

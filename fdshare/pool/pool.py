@@ -14,10 +14,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fdshare import parcel
 from fdshare.errors import FdLimitError
+from fdshare.pool.backlog import LARGE
 from fdshare.pool.leading import STREAK, Leaders
 from fdshare.pool.tasks import CALL, KIND_BITS, Task
 from fdshare.pool.workers import Worker, start_worker
@@ -46,8 +48,9 @@ class Pool(Leaders):
         initargs: tuple[Any, ...],
         max_tasks: int | None,
         restart: bool,
+        max_inflight: int | None,
     ) -> None:
-        super().__init__()
+        super().__init__(max_inflight)
         self.max_workers = max_workers
         self.context = context
         self.forks = context.get_start_method(allow_none=False) == "fork"
@@ -87,7 +90,13 @@ class Pool(Leaders):
         """
         if self.manager is None:
             self.launch()
-        task.message = parcel.seal(message, task.number << KIND_BITS | CALL, self)
+        tag = task.number << KIND_BITS | CALL
+        if type(message) is bytes:
+            if len(message) >= LARGE:
+                self.admit(task, len(message))
+            task.message = parcel.seal(message, tag)
+        else:
+            task.message = parcel.seal(message, tag, self, partial(self.admit, task))
         with self.lock:
             if self.closing or self.broken is not None or self.abandoned:
                 self.check_open()

@@ -45,6 +45,8 @@ class Task:
     message: Message | None = None
     """None while a worker's inbox holds it."""
     number: int = attrs.field(factory=_numbers.__next__, init=False)
+    size: int = attrs.field(default=0, init=False)
+    """Bytes by which it counts for ``max_inflight``."""
     worker: Worker | None = attrs.field(default=None, init=False)
     timed_out: bool = attrs.field(default=False, init=False)
     choked_since: float | None = attrs.field(default=None, init=False)
@@ -55,6 +57,8 @@ class Task:
         message, self.message = self.message, None
         if isinstance(message, Parcel):
             message.close()
+        if self.size:
+            self.pool.discharge(self)
         self.future._task = None
 
     def finish(self, value: Any) -> None:
