@@ -28,6 +28,19 @@ def port_of(sock: socket.socket) -> int:
 
 
 @contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port for a server that is about to start, and for its successors: nobody else is given it meanwhile.
+
+    A port that was merely free a moment ago may be another test's by then.  What is bound here and never listens keeps it from
+    those who ask for any port, and lets a listener with SO_REUSEADDR have it.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield port_of(holder)
+
+
+@contextlib.contextmanager
 def first(path: Path, **options: Any) -> Iterator[tuple[Handover, HandoverSocket]]:
     """A first generation that serves, and its socket."""
     with Handover(path, **options) as handover:

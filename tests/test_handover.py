@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from handovers import SOON, answering, ask, first, listen, port_of
+from handovers import SOON, answering, ask, first, listen, port_of, reserved_port
 from helpers import running, wait_until
 
 from fdshare import ClosedError, DecodeError, PeerClosedError, Pipe, wait
@@ -236,9 +236,7 @@ def test_a_listener_that_is_not_wanted_goes_with_its_last_owner(path: Path, tmp_
 
 
 def test_another_port_is_bound_and_the_old_queue_is_emptied(path: Path) -> None:
-    with first(path) as (old, old_sock), socket.create_server(("127.0.0.1", 0)) as free:
-        port = port_of(free)
-        free.close()
+    with first(path) as (old, old_sock), reserved_port() as port:
         with (
             socket.create_connection(old_sock.getsockname(), SOON) as queued,
             Handover(path) as new,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handovers import SOON, answering, ask, listen
+from handovers import SOON, answering, ask, listen, reserved_port
 from helpers import wait_until
 
 from fdshare import Channel, FdHandle, Pipe
@@ -154,9 +154,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
 
 
 Start = Callable[..., Generation]

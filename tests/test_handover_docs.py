@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from handovers import SOON
+from handovers import SOON, reserved_port
 from helpers import wait_until
 from test_api import annotation_faults, docstring_faults, public_members
 
@@ -43,10 +43,9 @@ def answers(port: int) -> bool:
 
 @pytest.mark.parametrize("first_line", ["# A server.", "# An asyncio server."])
 def test_a_server_is_replaced_by_itself(tmp_path: Path, first_line: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
-    code = program(first_line, tmp_path / "control", port)
     with ExitStack() as stack:
+        port = stack.enter_context(reserved_port())
+        code = program(first_line, tmp_path / "control", port)
 
         def start() -> subprocess.Popen[bytes]:
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT))

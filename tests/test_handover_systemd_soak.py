@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from handovers import SOON
+from handovers import SOON, reserved_port
 from helpers import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,9 +109,9 @@ def ask(port: int) -> str:
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
 
 
 def unit(port: int) -> str:

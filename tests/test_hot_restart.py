@@ -12,14 +12,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from handovers import SOON
+from handovers import SOON, reserved_port
 from helpers import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,9 +121,10 @@ class Load:
 @contextlib.contextmanager
 def generations(example: str, control: Path, serves: str, *options: object) -> Iterator[tuple[int, Server]]:
     """Run a first generation; yield its port, and itself."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
-    with Server(example, "--port", port, "--control", control, *options) as server:
+    with (
+        reserved_port() as port,
+        Server(example, "--port", port, "--control", control, *options) as server,
+    ):
         server.wait_for(serves)
         yield port, server
 

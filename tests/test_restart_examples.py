@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from handovers import reserved_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 40.0
@@ -70,8 +71,7 @@ def ask(port: int) -> str:
 def test_generations_of_an_example(name: str, tmp_path: Path, stack: ExitStack) -> None:
     if "uvicorn" in name:
         pytest.importorskip("uvicorn")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
+    port = stack.enter_context(reserved_port())
     arguments = ["--port", port, "--control", tmp_path / "control"]
     first = stack.enter_context(Program(name, *arguments, "--greeting", "first"))
     first.wait_for(EXAMPLES[name])
@@ -111,8 +111,7 @@ def test_generations_of_an_example(name: str, tmp_path: Path, stack: ExitStack) 
 
 def test_generations_of_the_gunicorn_example(tmp_path: Path, stack: ExitStack) -> None:
     pytest.importorskip("gunicorn")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
+    port = stack.enter_context(reserved_port())
     arguments = ["--port", port, "--control", tmp_path / "control", "--workers", 1]
     first = stack.enter_context(Program("hot_restart_gunicorn.py", *arguments, "--greeting", "first"))
     first.wait_for("Booting worker")
