@@ -236,22 +236,23 @@ def test_a_listener_that_is_not_wanted_goes_with_its_last_owner(path: Path, tmp_
 
 
 def test_another_port_is_bound_and_the_old_queue_is_emptied(path: Path) -> None:
-    with first(path) as (old, old_sock), reserved_port() as port:
-        with (
-            socket.create_connection(old_sock.getsockname(), SOON) as queued,
-            Handover(path) as new,
-        ):
-            new_sock = listen(new, port=port)
-            assert port_of(new_sock) == port != port_of(old_sock)
-            new.ready()
-            assert old.retired.wait(SOON)
-            with old_sock.accept()[0] as served:  # the successor will not come for it
-                assert served.getpeername() == queued.getsockname()
-            with pytest.raises(RetiredError):
-                old_sock.accept()
-            with answering(new_sock, b"new"):
-                assert ask(port) == b"new"
-                new.close()
+    with (
+        first(path) as (old, old_sock),
+        reserved_port() as port,
+        socket.create_connection(old_sock.getsockname(), SOON) as queued,
+        Handover(path) as new,
+    ):
+        new_sock = listen(new, port=port)
+        assert port_of(new_sock) == port != port_of(old_sock)
+        new.ready()
+        assert old.retired.wait(SOON)
+        with old_sock.accept()[0] as served:  # the successor will not come for it
+            assert served.getpeername() == queued.getsockname()
+        with pytest.raises(RetiredError):
+            old_sock.accept()
+        with answering(new_sock, b"new"):
+            assert ask(port) == b"new"
+            new.close()
 
 
 def test_the_file_of_a_dropped_unix_socket_is_removed(path: Path, tmp_path: Path) -> None:
