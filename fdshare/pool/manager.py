@@ -100,6 +100,10 @@ class Manager(Undertaker, threading.Thread):
         """See them again.  The pool's lock is held."""
         self._poller.unmask(worker.channel.fileno())
 
+    def filenos(self) -> list[int]:
+        """Borrow the descriptors that a fork inherits."""
+        return [*self._poller.filenos(), *{self._wake_reader.fileno(), self._wake_writer.fileno()}]
+
     def close(self) -> None:
         """Let go of the descriptors."""
         self._poller.close()

@@ -36,6 +36,10 @@ class _SelectorPoller:
         """Wait up to ``timeout`` seconds (None: for ever); return the data of what is readable."""
         return [key.data for key, _ in self._selector.select(timeout)]
 
+    def filenos(self) -> list[int]:
+        """Borrow its descriptors that a fork inherits: a kqueue is not."""
+        return []
+
     def close(self) -> None:
         """Close it."""
         self._selector.close()
@@ -76,6 +80,10 @@ class _EpollPoller:
         """Wait up to ``timeout`` seconds (None: for ever); return the data of what is readable."""
         data = self._data
         return [data.get(fd) for fd, _ in self._epoll.poll(timeout)]
+
+    def filenos(self) -> list[int]:
+        """Borrow its descriptors that a fork inherits."""
+        return [self._epoll.fileno()]
 
     def close(self) -> None:
         """Close it."""

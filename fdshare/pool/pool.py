@@ -22,7 +22,7 @@ from fdshare.errors import FdLimitError
 from fdshare.pool.backlog import LARGE
 from fdshare.pool.leading import STREAK, Leaders
 from fdshare.pool.tasks import CALL, KIND_BITS, Task
-from fdshare.pool.workers import Worker, start_worker
+from fdshare.pool.workers import Worker, new_worker, start_worker
 
 if TYPE_CHECKING:
     from fdshare.pool.manager import Manager
@@ -35,6 +35,9 @@ CHOKED_SECONDS = 1.0
 """How long a task whose descriptors the system refuses to carry is tried again, before that is its error."""
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+_relics: list[Any] = []
+"""In a worker: the pool that its parent has."""
 
 
 class Pool(Leaders):
@@ -72,6 +75,8 @@ class Pool(Leaders):
         self.closing = False
         self.broken: BaseException | None = None
         self.abandoned = False  # in a forked child
+        self.forking: tuple[int, set[int], object] | None = None
+        """Which thread forks the first workers, what the next one must not keep open, and who owns that."""
         self.manager: Manager | None = None
         self.counts = {"done": 0, "failed": 0, "cancelled": 0, "restarts": 0}
         _pools.add(self)
@@ -334,25 +339,44 @@ class Pool(Leaders):
             manager = Manager(self)
             try:
                 if self.forks:
-                    for _ in range(self.max_workers):
-                        self.add_worker(self._new_worker(), manager)
+                    self._fork_workers(manager)
                 self.manager = manager
                 manager.start()
             except BaseException:
                 self.manager = None
                 for worker in self.workers.values():
-                    worker.kill()
-                    worker.process.join()
-                    worker.close()
+                    worker.discard()
                 self.workers.clear()
                 self.idle.clear()
                 manager.close()
                 raise
 
+    def _fork_workers(self, manager: Manager) -> None:
+        """Fork all workers, and do in between as little as may be: after each fork whatever is written to is copied again."""
+        workers: list[Worker] = []
+        not_theirs = set(manager.filenos())
+        try:
+            for _ in range(self.max_workers):
+                worker = self._new_worker()
+                workers.append(worker)
+                not_theirs.update(worker.filenos())
+            for worker in workers:
+                theirs = {worker.inbox.fileno(), worker.theirs.fileno()}
+                self.forking = threading.get_ident(), not_theirs - theirs, (workers, manager)
+                start_worker(worker, self.nascent)
+                not_theirs -= theirs
+                not_theirs.update(worker.filenos())
+        except BaseException:
+            for worker in workers:
+                worker.discard()
+            raise
+        finally:
+            self.forking = None
+        for worker in workers:
+            self.add_worker(worker, manager)
+
     def _new_worker(self) -> Worker:
-        return start_worker(
-            self.context, self.initializer, self.initargs, self.max_tasks, not self.restart, self.nascent
-        )
+        return new_worker(self.context, self.initializer, self.initargs, self.max_tasks, not self.restart)
 
     def start_one(self) -> None:
         """Start a worker, which ``starting`` counts already.
@@ -364,6 +388,7 @@ class Pool(Leaders):
         assert manager is not None
         try:
             worker = self._new_worker()
+            start_worker(worker, self.nascent)
         except BaseException:
             with self.lock:
                 self.starting -= 1
@@ -407,6 +432,13 @@ class Pool(Leaders):
     def abandon(self) -> None:
         """In a forked child: let go of everything, which is the parent's."""
         self.abandoned = True
+        if self.forking is not None and self.forking[0] == threading.get_ident():
+            # A worker, one of many: to close each of the others by all its objects would copy hundreds of pages of memory.
+            # The objects stay for good, so that none closes a number that is another file's by then.
+            _relics.append(self)
+            for fd in self.forking[1]:
+                os.close(fd)
+            return
         self.lock = threading.RLock()
         self.launching = threading.Lock()
         for worker in self.workers.values():

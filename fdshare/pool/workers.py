@@ -18,7 +18,7 @@ from fdshare.pool import worker as process_side
 from fdshare.pool.leading import Lead, Seat
 from fdshare.pool.tasks import KIND_BITS, STOP, Task
 
-__all__ = ["Worker", "start_worker"]
+__all__ = ["Worker", "new_worker", "start_worker"]
 
 FIRST_DEPTH = 2
 """Tasks a worker may hold while nothing is known of how long they take: one to run, one to find when it is done."""
@@ -50,6 +50,8 @@ class Worker:
     """Hangs up in the worker when this process is gone."""
     left: int | None
     """How many more tasks it may be given; None for no limit."""
+    theirs: FdHandle = attrs.field(kw_only=True)
+    """The worker's end of ``life``, until it is started."""
     death: FdHandle | None = None
     """A pidfd; None where the system has none and the process's own sentinel must do."""
     assigned: dict[int, Task] = attrs.field(factory=dict)
@@ -149,10 +151,22 @@ class Worker:
             self.leaving = self.leaves = True
             parcel.send_now(self.channel, _STOP_MESSAGE)
 
+    def filenos(self) -> list[int]:
+        """Borrow all descriptors that this process holds of it."""
+        owners = self.channel, self.inbox, self.life, self.theirs, self.death
+        return [owner.fileno() for owner in owners if owner is not None and not owner.closed]
+
     def kill(self) -> None:
         """Kill it."""
         self.leaving = self.killed = True
         self.process.kill()
+
+    def discard(self) -> None:
+        """Kill it, if it was started, and let go of everything."""
+        if self.process.pid is not None:
+            self.process.kill()
+            self.process.join()
+        self.close()
 
     def close(self) -> None:
         """Let go of every descriptor; the process has ended or will, as its life line does."""
@@ -161,6 +175,7 @@ class Worker:
         self.channel.close()
         self.inbox.close()
         self.life.close()
+        self.theirs.close()
         if self.death is not None:
             self.death.close()
         if self.seat is not None:
@@ -168,21 +183,17 @@ class Worker:
             self.seat = None
 
 
-def start_worker(
+def new_worker(
     context: Any,
     initializer: Callable[..., object] | None,
     initargs: tuple[Any, ...],
     max_tasks: int | None,
     fragile: bool,
-    nascent: list[Worker],
 ) -> Worker:
-    """Start a process and return it.
-
-    Args:
-        nascent: holds the worker while it is being started, for the fork handler to tell it from the others.
+    """Make all that a worker needs but its process.
 
     Raises:
-        OSError, pickle.PicklingError, …: it could not be started; nothing is left behind.
+        OSError: no descriptor left; nothing is left behind.
     """
     if context.get_start_method() == "forkserver":
         _preload()
@@ -198,7 +209,19 @@ def start_worker(
         target=process_side.main,
         args=(inbox, reader, Portable(initializer) if initializer else None, initargs, max_tasks, fragile),
     )
-    worker = Worker(process, ours, inbox, writer, max_tasks)
+    return Worker(process, ours, inbox, writer, max_tasks, theirs=reader)
+
+
+def start_worker(worker: Worker, nascent: list[Worker]) -> None:
+    """Start the process of a worker that :func:`new_worker` made.
+
+    Args:
+        nascent: holds the worker while it is being started, for the fork handler to tell it from the others.
+
+    Raises:
+        OSError, pickle.PicklingError, …: it could not be started; the worker is closed.
+    """
+    process = worker.process
     nascent.append(worker)
     try:
         process.start()
@@ -206,15 +229,11 @@ def start_worker(
         if hasattr(os, "pidfd_open"):
             worker.death = own(os.pidfd_open, process.pid)
     except BaseException:
-        if process.pid is not None:
-            process.kill()
-            process.join()
-        worker.close()
+        worker.discard()
         raise
     finally:
         nascent.remove(worker)
-        reader.close()
-    return worker
+        worker.theirs.close()
 
 
 def _preload() -> None:
