@@ -35,6 +35,9 @@ logger = logging.getLogger("fdshare.handover")
 DRAIN_SECONDS = 30.0
 """How long a retired service goes on handling what it has accepted, unless told otherwise: what servers usually allow."""
 
+TICK_SECONDS = 0.02
+"""Pause between two looks at the TLS handshakes that are under way when the service retires."""
+
 LINGER_SECONDS = 2.0
 """How long a client may take to notice that its connection has ended."""
 
@@ -195,10 +198,20 @@ class Service:
         task.add_done_callback(self._tasks.discard)
 
     async def _drain(self) -> None:
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self.drain)
-        if self._handlers:
-            await asyncio.wait(set(self._handlers), timeout=self.drain)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.drain
+        while (left := deadline - loop.time()) > 0:
+            await asyncio.sleep(
+                0
+            )  # between accepting and the handler's first step a turn passes here and there
+            busy, coming = self._tasks | self._handlers, self._acceptors.coming
+            if busy:
+                pause = min(left, TICK_SECONDS) if coming else left
+                await asyncio.wait(busy, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            elif coming:
+                await asyncio.sleep(TICK_SECONDS)
+            else:
+                break
         for task in self._handlers:
             task.cancel()
         if self._handlers:

@@ -196,7 +196,10 @@ def _server_class() -> Any:
                     connection.shutdown()
             begun = time.monotonic()
             ticks = 0
-            while self.server_state.connections and time.monotonic() < begun + self.drain:
+            await asyncio.sleep(0)  # what was accepted in this very turn of the loop
+            while (
+                self.server_state.connections or self.acceptors.coming
+            ) and time.monotonic() < begun + self.drain:
                 for connection in list(self.server_state.connections):
                     if isinstance(connection, patient):
                         self.give_away(connection)

@@ -1,9 +1,12 @@
-"""What the asyncio tests share: each event loop in turn, pairs of ends, and tasks that are known to wait."""
+"""What the asyncio tests share: each event loop in turn, pairs of ends, tasks that are known to wait, and TLS."""
 
 from __future__ import annotations
 
 import asyncio
+import ssl
+import subprocess
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -87,3 +90,19 @@ async def fill(channel: AsyncChannel, size: int = 1000) -> int:
 def pair(transport: str, **options: Any) -> tuple[AsyncChannel, AsyncChannel]:
     """Return two connected ends."""
     return aio.Pipe(transport=transport, **options)
+
+
+def tls_contexts(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return what a server and its client need for TLS, with a certificate made in ``directory``."""
+    certificate, key = directory / "certificate.pem", directory / "key.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    )
+    subprocess.run(
+        [*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=30
+    )
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate, key)
+    client = ssl.create_default_context(cafile=str(certificate))
+    client.check_hostname = False
+    return server, client

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aio_loops import run, run_in, settle, started
+from aio_loops import run, run_in, settle, started, tls_contexts
 
 import fdshare
 from fdshare import ClosedError, NotSendableError, PeerClosedError, ProcessPoolExecutor, aio
@@ -219,7 +219,7 @@ def test_pipe_of_a_process(run: Run) -> None:
 
 
 def test_tls(run: Run, tmp_path: Path) -> None:
-    server_context, client_context = _contexts(tmp_path)
+    server_context, client_context = tls_contexts(tmp_path)
 
     async def main() -> None:
         refused = asyncio.Event()
@@ -250,21 +250,6 @@ def test_tls(run: Run, tmp_path: Path) -> None:
                 await writer.wait_closed()
 
     run(main)
-
-
-def _contexts(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    certificate, key = directory / "certificate.pem", directory / "key.pem"
-    command = (
-        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-    )
-    subprocess.run(
-        [*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=30
-    )
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(certificate, key)
-    client = ssl.create_default_context(cafile=str(certificate))
-    client.check_hostname = False
-    return server, client
 
 
 def test_plain_sending_says_what_to_do(run: Run, pair: Pair) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aio_loops import LOOPS, run_in
+from aio_loops import LOOPS, run_in, tls_contexts
 from handovers import SOON, port_of
 
 from fdshare.handover import Handover, HandoverRevokedError, loop
@@ -194,6 +195,35 @@ def test_what_is_not_done_in_time_is_cancelled(run: Run, control: Path) -> None:
             assert cancelled.is_set()
             assert await reader.read() == b""
             await hang_up(writer)
+
+    run(main)
+
+
+def test_a_tls_handshake_is_waited_for(run: Run, control: Path, tmp_path: Path) -> None:
+    """A connection that was accepted is not lost for not having a handler yet."""
+    server_context, client_context = tls_contexts(tmp_path)
+
+    async def main() -> None:
+        with contextlib.ExitStack() as stack:
+            old = stack.enter_context(Lines(control, "old"))
+            sock = await old.service.start_server(old.handle, "lines", "127.0.0.1", 0, ssl=server_context)
+            task = await old.begin()
+            client = socket.create_connection(sock.getsockname(), SOON)
+            while not old.service._acceptors.coming:  # it is accepted, and says nothing
+                await asyncio.sleep(0.001)
+            new = stack.enter_context(Lines(control, "new"))
+            await new.service.start_server(new.handle, "lines", "127.0.0.1", 0, ssl=server_context)
+            new_task = await new.begin()
+            await asyncio.wait_for(old.handover.retired, SOON)
+            assert not (await asyncio.wait((task,), timeout=0.05))[0]
+            reader, writer = await asyncio.open_connection(
+                sock=client, ssl=client_context, server_hostname="localhost"
+            )
+            assert await ask(reader, writer, b"word") == b"old word last\n"
+            await hang_up(writer)
+            assert await asyncio.wait_for(task, SOON)
+            new.service.end()
+            await new_task
 
     run(main)
 

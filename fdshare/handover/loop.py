@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 import sys
+import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -45,6 +46,24 @@ class Acceptor:
         self._options = {"backlog": BACKLOG, **options}
         self._server: asyncio.AbstractServer | None = None
         self._wanted = False
+        self._coming: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
+
+    @property
+    def coming(self) -> bool:
+        """Whether a connection was accepted of which its protocol does not know yet, as during a TLS handshake."""
+        return bool(self._coming)
+
+    def _expect(self) -> asyncio.BaseProtocol:
+        protocol = self.factory()
+        self._coming.add(protocol)
+
+        def connection_made(transport: asyncio.BaseTransport) -> None:
+            del protocol.connection_made
+            self._coming.discard(protocol)
+            protocol.connection_made(transport)
+
+        protocol.connection_made = connection_made  # type: ignore[method-assign]
+        return protocol
 
     async def start(self) -> None:
         """Accept from now on.
@@ -70,14 +89,14 @@ class Acceptor:
         self, loop: asyncio.AbstractEventLoop, sock: HandoverSocket
     ) -> asyncio.AbstractServer:
         if self.sock.family != socket.AF_UNIX:
-            return await loop.create_server(self.factory, sock=sock, **self._options)
+            return await loop.create_server(self._expect, sock=sock, **self._options)
         make = loop.create_unix_server
         if sys.version_info >= (3, 13):  # where it would remove the file, which the successor needs
             try:
-                return await make(self.factory, sock=sock, cleanup_socket=False, **self._options)
+                return await make(self._expect, sock=sock, cleanup_socket=False, **self._options)
             except TypeError:  # an older uvloop, which does not
                 pass
-        return await make(self.factory, sock=sock, **self._options)
+        return await make(self._expect, sock=sock, **self._options)
 
     def stop(self) -> None:
         """Accept no more."""
@@ -126,6 +145,11 @@ class Acceptors:
         self._over = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connections: Connections | None = None
+
+    @property
+    def coming(self) -> bool:
+        """Whether a connection was accepted of which its protocol does not know yet; told a turn of the loop after the accept."""
+        return any(acceptor.coming for acceptor in self._all)
 
     def add(self, acceptor: Acceptor) -> None:
         """Add one that begins with the others."""
