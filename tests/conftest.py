@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 from hypothesis import settings
 
@@ -13,6 +15,9 @@ __all__ = ["fdshare_no_leaks"]  # a fixture is found by its name in a conftest
 # No example database: a checkout stays clean, and a run does not depend on the one before.
 settings.register_profile("fdshare", deadline=None, database=None, derandomize=True)
 settings.load_profile("fdshare")
+
+# Children of a forkserver find pytest and fdshare imported, 0.1 s of each otherwise; those that are spawned import them.
+multiprocessing.set_forkserver_preload(["fdshare.testing"])
 
 
 @pytest.fixture(autouse=True)
