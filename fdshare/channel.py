@@ -14,6 +14,7 @@ import pickle
 import select
 import socket
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -427,14 +428,13 @@ class Channel:
         state = "closed" if self.closed else f"fd={self._transport.sock.fileno()}"
         return f"<Channel {state} {self.transport}>"
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Any = sys.is_finalizing) -> None:
         transport = getattr(self, "_transport", None)  # unset where __init__ raised
-        if transport is not None and not transport.closed:
-            text = f"unclosed {self!r}"
+        if transport is not None and not transport.closed and not finalizing():  # closing needs modules
             try:
-                transport.close()
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             finally:
-                warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
+                transport.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""

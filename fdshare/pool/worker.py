@@ -65,18 +65,19 @@ def main(
     global _pid
     _pid = os.getpid()
     _die_with_parent(life)
-    if initializer is not None:
+    with channel:  # the process object has it too, until the interpreter ends
+        if initializer is not None:
+            try:
+                initializer(*initargs)
+            except BaseException as error:  # noqa: BLE001 -- the standard executor's behaviour
+                _base.LOGGER.critical("Exception in initializer:", exc_info=True)
+                _answer(channel, INITIALIZER_FAILED, [(0, error)])
+                return
         try:
-            initializer(*initargs)
-        except BaseException as error:  # noqa: BLE001 -- the standard executor's behaviour
-            _base.LOGGER.critical("Exception in initializer:", exc_info=True)
-            _answer(channel, INITIALIZER_FAILED, [(0, error)])
-            return
-    try:
-        _answer(channel, READY, [None])
-        _serve(channel, max_tasks, fragile)
-    except PeerClosedError:
-        pass
+            _answer(channel, READY, [None])
+            _serve(channel, max_tasks, fragile)
+        except PeerClosedError:
+            pass
 
 
 def _die_with_parent(life: FdHandle) -> None:
