@@ -192,23 +192,21 @@ class Queue:
             DescriptorsLostError: there was no room for the item's descriptors here; it is gone, and the queue goes on.
             ProtocolError: somebody who is not a queue wrote into the socket; that packet is gone.
         """
-        arrived = None
-        left = self._left
-        if timeout is None and self._arrivals is not None and not left and not other_threads():
+        if timeout is None and self._arrivals is not None and not self._left and not other_threads():
+            data = None
             try:
-                for arrived in self._arrivals:  # noqa: B007
+                for data, ancillary, flags, address in self._arrivals:  # noqa: B007
                     break
-                data, ancillary, _, _ = arrived  # type: ignore[misc]
-                if data and not ancillary and data[0] == _PICKLE_MARK:
+                if not ancillary and data and data[0] == _PICKLE_MARK:
                     return _loads(data)
-                left += (arrived,)
+                self._left += ((data, ancillary, flags, address),)
             except Exception as error:
-                if arrived is not None:
+                if data is not None:
                     raise undecodable(error) from error
                 # the descriptor is closed: the slow path tells
             except BaseException:
-                if arrived is not None:
-                    left += (arrived,)
+                if data is not None:
+                    self._left += ((data, ancillary, flags, address),)
                 raise
         return self._get_slowly(timeout)
 

@@ -94,23 +94,32 @@ class Lock(Travelling):
             ClosedError: this object was closed.
             OSError: no descriptor left for it (only where locks are files).
         """
-        # No call between the taking and the return: an interrupt could strike there, and leave it taken.
         me = get_ident()
-        for code in self._tries:  # noqa: B007 -- one step, see mutex.py
-            break
-        if not code:
-            self._owner = me
-            self.abandoned = False
-            return True
-        if code == OWNER_DIED:
-            for _ in self._mutex.mends:
+        attempt = tries = self._tries
+        deadline = None
+        while True:
+            for code in attempt:  # noqa: B007 -- one step, see mutex.py
                 break
-            self._owner = me
-            self.abandoned = True
-            return True
-        return self._acquire_slowly(me, code, blocking, timeout)
+            if not code or code == OWNER_DIED:
+                # No call from the taking to the return: an interrupt could strike there, and leave it taken.
+                self._owner = me
+                self.abandoned = code != 0
+                if code:
+                    for _ in self._mutex.mends:
+                        break
+                return True
+            if attempt is tries:
+                if not self._may_wait(me, code, blocking, timeout):
+                    return False
+                deadline = None if timeout is None else time.monotonic() + timeout
+            elif code != errno.ETIMEDOUT:
+                raise OSError(code, "a lock that does not work")
+            elif deadline is not None and time.monotonic() >= deadline:
+                return False
+            attempt = self._wait_until(me, deadline)
 
-    def _acquire_slowly(self, me: int, code: int, blocking: bool, timeout: float | None) -> bool:
+    def _may_wait(self, me: int, code: int, blocking: bool, timeout: float | None) -> bool:
+        """Whether to wait after the first try, which gave ``code``; raises where no waiting would help."""
         self._check_open()
         if code != BUSY:
             raise OSError(code, "a lock that does not work")
@@ -118,29 +127,14 @@ class Lock(Travelling):
             return False
         if self._owner == me:
             raise RuntimeError("this thread holds the lock already, and it is not recursive")
-        deadline = None if timeout is None else time.monotonic() + timeout
+        return True
+
+    def _wait_until(self, me: int, deadline: float | None) -> Iterator[int]:
         at_most = self._mutex.signals if threading.main_thread().ident == me else None
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if at_most is not None:
-                left = at_most if left is None else min(left, at_most)
-            waits = self._mutex.waits(left)
-            for code in waits:  # noqa: B007
-                break
-            if not code:
-                self._owner = me
-                self.abandoned = False
-                return True
-            if code == OWNER_DIED:
-                for _ in self._mutex.mends:
-                    break
-                self._owner = me
-                self.abandoned = True
-                return True
-            if code != errno.ETIMEDOUT:
-                raise OSError(code, "a lock that does not work")
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if at_most is not None:
+            left = at_most if left is None else min(left, at_most)
+        return self._mutex.waits(left)
 
     def release(self) -> None:
         """Let the next one in.

@@ -39,6 +39,7 @@ from fdshare import (
     ends,
 )
 from fdshare.testing import Child, checked_child, leak_check, numbered_handle, read_number
+from fdshare.transport import other_threads
 
 MIB = 1 << 20
 SOCKETS = ("seqpacket", "dgram")
@@ -594,6 +595,74 @@ def _interrupted_get(dgram: bool, threads: int, count: int, seed: int) -> int:
 @pytest.mark.parametrize("dgram", [False, True], ids=["seqpacket", "dgram"])
 def test_an_interrupted_get_loses_nothing(dgram: bool, threads: int) -> None:
     assert checked_child(_interrupted_get, dgram, threads, 10_000, 5) > 10
+
+
+def _waits_in_put(queue: Queue) -> None:
+    """Make a forked child that acts once this process, which has no other thread, waits in a put."""
+    wait_until(lambda: not select.select([], [queue._inlet.sock], [], 0)[1])
+
+
+def _put_until_closed(by: str) -> None:
+    assert not other_threads(), "this is about the wait in the send itself"
+    ends.TICK_SECONDS = 60.0  # nothing looks again
+    queue, count = Queue(), 0
+
+    def close() -> None:
+        _waits_in_put(queue)
+        if by == "another process":
+            queue.close()
+        else:
+            os.kill(os.getppid(), signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, lambda *args: queue.close())
+    with forked(close), pytest.raises(QueueClosedError):
+        while True:
+            queue.put(count)
+            count += 1
+    assert [queue.get() for _ in range(count)] == list(range(count))
+    with pytest.raises(QueueClosedError):
+        queue.get()
+
+
+@pytest.mark.parametrize("by", ["another process", "a signal handler"])
+def test_closing_wakes_a_put_of_the_only_thread(by: str) -> None:
+    checked_child(_put_until_closed, by)
+
+
+def _interrupted_put(count: int, seed: int) -> int:
+    assert not other_threads()
+    draw, hits, armed = random.Random(seed), 0, False
+    queue, results = Queue(), Queue()
+
+    def strike(*args: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, strike)
+    with forked(lambda: results.put(list(queue))):
+        for number in range(count):
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 100e-6))
+                queue.put((number, 0))
+                queue.put((number, 1))
+                armed = False
+            except KeyboardInterrupt:
+                hits += 1
+                queue.put((number, 2))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        queue.close()
+        found: list[tuple[int, int]] = results.get(timeout=20)
+    assert found == sorted(set(found)), "an item came twice, or out of order"
+    ends_of = [[part for number, part in found if number == wanted] for wanted in range(count)]
+    assert all(parts in ([0, 1], [0, 2], [0, 1, 2], [2]) for parts in ends_of), "an item was lost"
+    return hits
+
+
+def test_an_interrupted_put_puts_an_item_once_or_not_at_all() -> None:
+    assert checked_child(_interrupted_put, 2_000, 6) > 10
 
 
 class InterruptsOnce:
