@@ -165,6 +165,10 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) - 1
 
 
+def open_links() -> list[str]:
+    return [os.readlink(link.path) for link in os.scandir("/proc/self/fd") if os.path.islink(link.path)]
+
+
 def fork_and_return() -> int:
     """Fork a child that returns from the task too."""
     child = os.fork()
