@@ -238,27 +238,19 @@ class Listener:
     def address(self) -> str:
         """Where it listens, as it was given; an abstract name begins with a zero byte.
 
-        Raises:
-            nothing.
+        The kernel remembers where a socket was made: getsockname(2), getpeername(2) and ss(8) show a private directory beside the
+        file, where it got its mode and began to listen before it appeared, or a short way to that.
         """
         return self._address
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed in this process.
-
-        Raises:
-            nothing.
-        """
+        """Whether it was closed in this process."""
         return self._door.closed
 
     @property
     def transport(self) -> str:
-        """What its channels use: "seqpacket" or "stream".
-
-        Raises:
-            nothing.
-        """
+        """What its channels use: "seqpacket" or "stream"."""
         return "stream" if self._stream else "seqpacket"
 
     def fileno(self) -> int:

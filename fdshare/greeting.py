@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 
@@ -141,6 +141,7 @@ class Answer:
     """What is expected once hello was said, and may never come: one for any number of connections."""
 
     ours: Hello
+    failure: ClassVar[None] = None
 
     def begin(self, transport: Transport) -> Greeting:
         """Begin to expect it on one of them."""

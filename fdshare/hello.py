@@ -53,6 +53,10 @@ MAX_HELLO = HELLO_SIZE + MAX_TEXT
 class Greeting(Protocol):
     """What is still expected before the first message of a named connection; see greeting.py."""
 
+    @property
+    def failure(self) -> OSError | None:
+        """Why it has not come, and never will; known only once it was looked for."""
+
     def take(self, transport: Any) -> bool:
         """Take it if it has come; whether it has."""
 

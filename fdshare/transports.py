@@ -26,7 +26,7 @@ _TICK = struct.pack("ll", 0, 50_000)
 """A timeval of 50 ms: how long it takes at most until a blocked receive notices that another thread has closed its channel."""
 
 MAX_NOTICED = 256
-"""Most notices of packets to come that are remembered, and most that are read in one go: more than writers share an end."""
+"""Most kinds of packets to come that are remembered, and most notices that are read in one go: more than writers share an end."""
 
 _UNTIL_NONCE = wire.HEADER_SIZE - 8
 
@@ -49,6 +49,10 @@ class _Greeted(Transport):
         try:
             return self.greeting is None or self.greeting.take(self)
         except OSError:
+            try:  # what said so is off the socket, which is to be readable all the same
+                self.sock.shutdown(socket.SHUT_RD)
+            except OSError:
+                pass  # it has ended
             return True
 
     def _has_more(self) -> bool:
@@ -73,7 +77,9 @@ class SeqpacketTransport(_Greeted):
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         super().__init__(sock, max_inflight)
         self._ticks = False  # whether a read ends after a tick
-        self._noticed: list[wire.Header] = []  # packets with descriptors that are on their way
+        # How many packets with descriptors are on their way, by their notices, which are equal for equal numbers of them.  Beside
+        # other readers, and after sends that were given up, some never come: so this is looked at in no time that grows.
+        self._noticed: dict[wire.Header, int] = {}
 
     def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
         if self.takes is not None:
@@ -155,7 +161,7 @@ class SeqpacketTransport(_Greeted):
         if notice.flags or self._noticed or not rights.is_top_free(count):
             return None
         self.plain = False
-        self._noticed.append(notice)
+        self._noticed[notice] = 1
         self.arrived = None
         try:
             for self.arrived in map(Arrived, self.arrivals_now if now else self.arrivals):  # noqa: B020 -- see transport.py
@@ -218,8 +224,7 @@ class SeqpacketTransport(_Greeted):
                 peeked.close()
                 peeked = None
             if self._noticed and header.carried:
-                del self._noticed[0]
-                self.plain = self.bare and not self._noticed
+                self._forget_notice(header)
             if self.limits is not None:
                 try:
                     self.limits.check(header)
@@ -237,9 +242,20 @@ class SeqpacketTransport(_Greeted):
         header = wire.unpack_notice(data)
         if self._passes(header):  # for what will be refused there need be no room
             self.plain = False
-            self._noticed.append(header)
-            del self._noticed[:-MAX_NOTICED]
+            self._noticed[header] = self._noticed.get(header, 0) + 1
+            if len(self._noticed) > MAX_NOTICED:
+                del self._noticed[next(iter(self._noticed))]
         self.arrived = None
+
+    def _forget_notice(self, header: wire.Header) -> None:
+        """The packet with this header has come; its notice may have gone to another reader."""
+        notice = wire.Header(wire.NOTICE, header.flags, header.descriptors, 0, 0, 0, 0)
+        count = self._noticed.get(notice, 0)
+        if count > 1:
+            self._noticed[notice] = count - 1
+        elif count:
+            del self._noticed[notice]
+        self.plain = self.bare and not self._noticed
 
     def _peek_if_cramped(self) -> Arrived | None:
         """See to it that the descriptors of the next packet will fit; return it peeked where that was needed.

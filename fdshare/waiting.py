@@ -19,7 +19,18 @@ __all__ = ["ChannelSet", "wait"]
 
 
 def _is_ready(obj: Any) -> bool:
-    return not isinstance(obj, Channel) or obj.closed or obj.poll()
+    """Whether what was found readable has a message, and not a notice alone."""
+    if not isinstance(obj, Channel) or obj.closed:
+        return True
+    obj._check(obj._readable, "write-only")
+    return obj._transport.has_message()
+
+
+def _has_in_hand(channel: Channel) -> bool:
+    transport = channel._transport
+    if transport.greeting is None:
+        return transport.arrived is not None
+    return not transport.closed and (transport.arrived is not None or transport.greeting.failure is not None)
 
 
 def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
@@ -65,6 +76,8 @@ class ChannelSet:
     def __init__(self, channels: Iterable[HasFileno] = ()) -> None:
         self._selector = selectors.DefaultSelector()
         self._numbers: dict[HasFileno, int] = {}
+        self._touched: list[HasFileno] = []
+        """Those that were added or reported since the last select: what comes next may be in hand, where no epoll sees it."""
         for channel in channels:
             self.add(channel)
 
@@ -83,6 +96,7 @@ class ChannelSet:
             self.discard(known.data)  # closed since, and its number used again
         self._selector.register(number, selectors.EVENT_READ, channel)
         self._numbers[channel] = number
+        self._touched.append(channel)
 
     def discard(self, channel: HasFileno) -> None:
         """Stop watching ``channel``; harmless where it is not watched, or was closed meanwhile.
@@ -104,11 +118,19 @@ class ChannelSet:
             ValueError: the set is closed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        in_hand = [
+            channel for channel in self._touched if isinstance(channel, Channel) and _has_in_hand(channel)
+        ]
+        if in_hand:
+            in_hand = [channel for channel in dict.fromkeys(in_hand) if channel in self._numbers]
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = [key.data for key, _ in self._selector.select(left)]
-            ready = [channel for channel in ready if _is_ready(channel)]
+            found = [key.data for key, _ in self._selector.select(0 if in_hand else left)]
+            ready = [channel for channel in found if _is_ready(channel)]
+            if in_hand:
+                ready = in_hand + [channel for channel in ready if channel not in in_hand]
             if ready or left == 0:
+                self._touched = ready.copy()
                 return ready
 
     def __len__(self) -> int:

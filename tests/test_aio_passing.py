@@ -18,7 +18,7 @@ from helpers import receive_all as receive_all_blocking
 from helpers import send_all as send_all_blocking
 
 import fdshare
-from fdshare import Channel, ClosedError, NotSendableError, PeerClosedError, aio, move
+from fdshare import Channel, ChannelSet, ClosedError, NotSendableError, PeerClosedError, aio, move, wait
 from fdshare.aio import AsyncChannel
 from fdshare.testing import Child, checked_child, numbered_handle, pattern, read_number
 
@@ -153,9 +153,15 @@ def test_packet_in_hand_goes_along(run: Run) -> None:
             await settle()
             assert b._transport.arrived is not None
             assert b.poll()
-            with b.to_sync() as blocking:
+            with b.to_sync() as blocking, ChannelSet([blocking]) as many:
                 assert blocking.poll()
+                for _ in range(2):
+                    assert wait([blocking], 20) == many.select(20) == [blocking]
                 assert blocking.recv() == "in hand"
+                assert many.select(0) == []
+                await a.send("on its way")
+                assert many.select(20) == [blocking]
+                assert blocking.recv() == "on its way"
 
     run(main)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import pickle
+import selectors
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from fdshare import (
     AccessDeniedError,
     BytesCodec,
     Channel,
+    ChannelSet,
     ClosedError,
     DecodeError,
     DescriptorsLostError,
@@ -31,6 +33,7 @@ from fdshare import (
     TypedCodec,
     connect,
     hello,
+    wait,
     wire,
 )
 from fdshare.hello import Hello
@@ -371,6 +374,45 @@ def test_refused_client_is_told_and_the_next_one_is_served(
             assert caught.value.errno == errno.EACCES
         welcome.send(1)
         assert server.recv() == 1
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("by", ["recv", "send", "poll", "nothing"])
+def test_whoever_waits_for_a_refused_client_is_told(path: str, transport: str, by: str) -> None:
+    """Also after the refusal itself was read off the socket."""
+    with (
+        Listener(path, transport=transport, allow=stranger) as listener,
+        connect(path, transport=transport) as refused,
+        ChannelSet([refused]) as many,
+        selectors.DefaultSelector() as selector,
+    ):
+        selector.register(refused, selectors.EVENT_READ)
+        with pytest.raises(TimeoutError):
+            listener.accept(0.0)
+        if by == "poll":
+            assert refused.poll(20)
+        elif by != "nothing":
+            with pytest.raises(AccessDeniedError):
+                refused.send("hello?") if by == "send" else refused.recv()
+        for _ in range(2):
+            assert many.select(20) == wait([refused], 20) == [refused]
+            assert [key.fileobj for key, _ in selector.select(20)] == [refused]
+            with pytest.raises(AccessDeniedError):
+                refused.recv()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_whoever_waits_for_a_peer_of_another_codec_is_told(path: str, transport: str) -> None:
+    """That peer is still there and says no more, and the hello itself was read while accepting, or by poll."""
+    for here, there in both(path, transport, BytesCodec(), None):
+        with ChannelSet([here, there]) as many:
+            assert there.poll(20)
+            for _ in range(2):
+                assert many.select(20) == wait([here, there], 20) == [here, there]
+            other_codec(here)
+            assert many.select(20) == [there]
+            other_codec(there)
+            assert many.select(0) == []
 
 
 def test_accept_ends_in_time_although_refused_ones_come(path: str) -> None:

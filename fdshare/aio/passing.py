@@ -29,7 +29,7 @@ def _blocked(events: int, deadline: float | None) -> int:
 class Unwaiting(Channel):
     """A channel whose transport raises :class:`Blocked` where it would wait; its owner waits, and closes it."""
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Any = None) -> None:
         """Leave the warning to the owner."""
 
 
