@@ -537,4 +537,20 @@ def test_flow_of_descriptors_leaves_no_notice_behind() -> None:
     with a, b, running(send, closing=(a, b)):
         for _ in range(1000):
             b.recv().close()
-        assert b._transport._noticed == []  # type: ignore[attr-defined]
+        assert not b._transport._noticed  # type: ignore[attr-defined]
+
+
+def test_notices_of_what_another_reader_took_cost_no_more_for_being_many() -> None:
+    a, b = fdshare.Pipe(transport="seqpacket")
+    beside = fdshare.Channel(socket.socket(fileno=os.dup(b.fileno())))
+    with a, b, beside, numbered_handle(1) as handle:
+        for _ in range(1000):
+            a.send(handle)
+            assert b.poll(5)  # takes the notice
+            beside.recv().close()
+        assert len(b._transport._noticed) == 1  # type: ignore[attr-defined]  # one kind, one look for room
+        for _ in range(1000):  # and each packet whose notice went elsewhere is one fewer to wait for
+            a.send(handle)
+            assert beside.poll(5)
+            b.recv().close()
+        assert not b._transport._noticed  # type: ignore[attr-defined]
