@@ -360,7 +360,10 @@ def test_parent_with_room_again_loses_nothing() -> None:
 @pytest.mark.parametrize("end", ["terminate_workers", "kill_workers"])
 def test_end_of_all_workers(end: str) -> None:
     with pool_of(2) as executor, Gate() as gate:
-        running = [executor.submit(tasks.tell_and_wait, *gate.arguments()) for _ in range(2)]
+        running = [
+            executor.submit(tasks.tell_and_wait, *gate.arguments()),
+            executor.options(retries=1).submit(tasks.tell_and_wait, *gate.arguments()),
+        ]
         gate.wait(2)
         waiting = [executor.submit(operator.neg, i) for i in range(20)]
         getattr(executor, end)()
@@ -370,6 +373,7 @@ def test_end_of_all_workers(end: str) -> None:
         assert all(future.cancelled() for future in waiting)
         with pytest.raises(RuntimeError, match="after shutdown"):
             executor.submit(operator.neg, 1)
+    assert executor.stats().restarts == 0
 
 
 def test_death_after_shutdown_still_runs_what_waits() -> None:

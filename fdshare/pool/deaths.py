@@ -110,6 +110,7 @@ class Undertaker:
                 if (
                     task.retries > 0
                     and not task.timed_out
+                    and not pool.ended
                     and pool.broken is None
                     and task.message is not None
                 ):
@@ -167,7 +168,7 @@ class Undertaker:
         """Start another worker where one is missing."""
         pool = self.pool
         with pool.lock:
-            over = (pool.closing or self.exiting) and not pool.purge()
+            over = (pool.closing or self.exiting) and not self._has_work_for_another()
             if over or len(pool.workers) + pool.starting >= pool.max_workers:
                 pool.fill_all()
                 return
@@ -187,6 +188,12 @@ class Undertaker:
             pool.counts["restarts"] += not expected
         with pool.lock:
             pool.fill_all()
+
+    def _has_work_for_another(self) -> bool:
+        """Whether a further worker would find something to do.  Lock held."""
+        pool = self.pool
+        pool.purge()
+        return bool(pool.pending) or any(len(worker.assigned) > 1 for worker in pool.workers.values())
 
     def _break(self, error: BaseException) -> None:
         """Fail every task and end every worker."""

@@ -313,7 +313,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         pool = self._pool
         with pool.lock:
             processes = [worker.process for worker in pool.workers.values()]
-            pool.closing = True
+            pool.closing = pool.ended = True
             pool.let_go()
         pool.withdraw_all(begun_by_order=False)
         pool.wake()

@@ -73,6 +73,7 @@ class Pool(Leaders):
         self.choked = False  # the system refused to carry descriptors: try again soon
         self.outcomes: list[tuple[Task, BaseException]] = []  # tasks to fail once the lock is released
         self.closing = False
+        self.ended = False  # by terminate_workers or kill_workers: nothing is run again
         self.broken: BaseException | None = None
         self.abandoned = False  # in a forked child
         self.forking: tuple[int, set[int], object] | None = None
