@@ -10,8 +10,8 @@
 
 VENV ?= .venv
 ARGS ?=
-# Several workers, but not one for each of 64 cores: the tests start processes of their own.
-PYTEST_FLAGS ?= -n auto --maxprocesses 4
+# Tests that share a pool or a heavy import run one after the other where they can.
+PYTEST_FLAGS ?= -n auto --dist worksteal
 
 FITS = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # The first that is new enough and can make an environment; running it is the test, since a version manager's shim may exist

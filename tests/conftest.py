@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,12 @@ settings.load_profile("fdshare")
 
 # Children of a forkserver find pytest and fdshare imported, 0.1 s of each otherwise; those that are spawned import them.
 multiprocessing.set_forkserver_preload(["fdshare.testing"])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors, as many tests wait for processes; not 64 of them, as tests start their own."""
+    return min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 4
 
 
 @pytest.fixture(autouse=True)
