@@ -1,7 +1,7 @@
 """Real servers under load by wrk, restarted ten times in a row: no request fails, and no connection is reset.
 
-Two loads run at the same time: one whose clients keep their connections, and one that connects for each request.  Where asked
-for, a generation that crashes while it starts comes before every second restart.  ``make soak`` has more of all: more
+Two loads run at the same time: one whose clients keep their connections, and one that connects for each request.  A
+generation that crashes while it starts comes before every second restart.  ``make soak`` has more of all: more
 restarts, settings and load, each with and without crashes.
 """
 
@@ -27,6 +27,10 @@ UVICORN = "hot_restart_uvicorn.py"
 GUNICORN = "hot_restart_gunicorn.py"
 RESTARTS = 10
 CONNECTIONS = 6
+PAUSE = 5
+"""Milliseconds between the requests of a connection: so that the load, of two thousand a second, leaves the processors to the
+generations that start."""
+
 LOAD_SECONDS = 600
 """Longest load; it is told to end when the last restart is done."""
 
@@ -81,7 +85,7 @@ class Server:
 class Load:
     """wrk against a port, until it is told to end."""
 
-    def __init__(self, port: int, *options: str, pause: int = 2) -> None:
+    def __init__(self, port: int, *options: str, pause: int = PAUSE) -> None:
         script = ROOT / "tests" / "load.lua"
         command = [
             "wrk",
@@ -135,8 +139,8 @@ def restart_under_load(
     serves: str,
     restarts: int,
     *options: object,
-    crash_status: int | None = None,
-    pause: int = 2,
+    crash_status: int | None,
+    pause: int = PAUSE,
 ) -> list[dict[str, int]]:
     """Restart an example under both loads, also while older generations still drain; return what the loads counted."""
     with contextlib.ExitStack() as stack:
@@ -179,14 +183,19 @@ def test_asyncio_server_through_ten_restarts(tmp_path: Path) -> None:
 @needs_wrk
 def test_uvicorn_through_ten_restarts(tmp_path: Path) -> None:
     options = ("--http", "h11", "--loop", "asyncio")
-    counts = restart_under_load(UVICORN, tmp_path / "control", " serves at", RESTARTS, *options)
+    counts = restart_under_load(
+        UVICORN, tmp_path / "control", " serves at", RESTARTS, *options, crash_status=3
+    )
     check("uvicorn", counts, RESTARTS)
 
 
 @needs_wrk
 def test_gunicorn_through_ten_restarts(tmp_path: Path) -> None:
     pytest.importorskip("gunicorn")
-    counts = restart_under_load(GUNICORN, tmp_path / "control", "Booting worker", RESTARTS, "--workers", "1")
+    options = ("--workers", "1")
+    counts = restart_under_load(
+        GUNICORN, tmp_path / "control", "Booting worker", RESTARTS, *options, crash_status=1
+    )
     check("gunicorn", counts, RESTARTS)
 
 
