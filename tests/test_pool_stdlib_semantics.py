@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import gc
 import multiprocessing
 import operator
 import os
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -20,7 +24,7 @@ import pytest
 
 import fdshare
 from tests import pool_tasks as tasks
-from tests.helpers import METHODS
+from tests.helpers import METHODS, wait_until
 
 TIMEOUT = 30
 
@@ -237,3 +241,40 @@ def test_asyncio_awaits_its_futures() -> None:
             return await asyncio.gather(*(loop.run_in_executor(executor, operator.neg, i) for i in range(10)))
 
     assert asyncio.run(main()) == [-i for i in range(10)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what lies unread in a socket")
+def test_cancel_is_refused_once_the_answer_was_taken() -> None:
+    entered, go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def hold(_: Any) -> None:
+        entered.release()
+        go_on.acquire(timeout=TIMEOUT)
+
+    with fdshare.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+        first = executor.submit(operator.neg, 0)
+        first.add_done_callback(hold)
+        assert entered.acquire(timeout=TIMEOUT)
+        inbox = next(iter(executor._pool.workers.values())).inbox
+
+        def unread() -> int:
+            return int(struct.unpack("i", fcntl.ioctl(inbox.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+
+        # Two answers come while the pool's thread is held up: it takes both at once, then settles one after the other.
+        argument = bytes(1 << 15)
+        reader, writer = map(fdshare.FdHandle, os.pipe())
+        with reader, writer:
+            second = executor.submit(len, argument)
+            second.add_done_callback(hold)
+            third = executor.submit(tasks.wait_for, reader, argument)
+            wait_until(unread)
+            one = unread()
+            os.write(writer.fileno(), b"!")
+            wait_until(lambda: unread() > one)
+        go_on.release()
+        assert entered.acquire(timeout=TIMEOUT)
+        assert not third.cancel()
+        go_on.release()
+        assert (second.result(TIMEOUT), third.result(TIMEOUT)) == (len(argument), argument)
+        assert (executor._pool.load, executor._pool.loads) == (0, 0)
+    assert (executor.stats().done, executor.stats().cancelled) == (3, 0)

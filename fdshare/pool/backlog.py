@@ -120,8 +120,8 @@ class Backlog:
 
     def discharge(self, task: Task) -> None:
         """Count a task's call no more."""
-        if task.size:
-            with self.lock:
+        with self.lock:
+            if task.size:
                 self.load -= task.size
                 self.loads -= 1
                 task.size = 0

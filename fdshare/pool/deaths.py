@@ -82,11 +82,9 @@ class Undertaker:
         finally:
             with pool.lock:
                 pool.requeue(task for task in tasks if task.number != worker.refused)
-                pool.outcomes += [
-                    (task, self._reason(task, worker, None))
-                    for task in tasks
-                    if task.number == worker.refused
-                ]
+                for task in tasks:
+                    if task.number == worker.refused:
+                        pool.doom(task, self._reason(task, worker, None))
         self._dying.remove(worker)
         self._poller.unregister(worker.channel.fileno())
         worker.process.join()
@@ -117,7 +115,7 @@ class Undertaker:
                     task.retries -= 1
                     again.append(task)
                 else:
-                    pool.outcomes.append((task, self._reason(task, worker, exitcode)))
+                    pool.doom(task, self._reason(task, worker, exitcode))
             pool.requeue(again)
             pool.dismiss(worker)
         if pool.broken is not None:
@@ -214,8 +212,7 @@ class Undertaker:
                 worker.kill()
             pool.timed = 0
             for task in tasks:
-                if task.future._task is not None:
-                    broken = BrokenProcessPool(f"{ABRUPT}: {error}")
-                    broken.__cause__ = error
-                    pool.outcomes.append((task, broken))
+                broken = BrokenProcessPool(f"{ABRUPT}: {error}")
+                broken.__cause__ = error
+                pool.doom(task, broken)
         pool.settle()

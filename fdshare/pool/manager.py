@@ -161,7 +161,7 @@ class Manager(Undertaker, threading.Thread):
     def _turn(self) -> None:
         pool = self.pool
         dead: list[Worker] = []
-        for data in self._poller.poll(self._timeout()):
+        for data in recycle.idly(self._poller.poll, self._timeout()):
             if data is None:
                 self._clear_wake()
                 self._take_what_leaders_left()
@@ -229,6 +229,7 @@ class Manager(Undertaker, threading.Thread):
                     if task is not None:
                         pool.timed -= task.timeout is not None
                         task.worker = None
+                        task.decided = True
                     answers.append((task, tag & KIND_MASK, message))
                 else:
                     self._note(worker, tag & KIND_MASK, message)
@@ -375,7 +376,7 @@ class Manager(Undertaker, threading.Thread):
             task = worker.assigned.pop(tag >> KIND_BITS, None)
             if task is not None:
                 pool.timed -= task.timeout is not None
-                pool.outcomes.append((task, error))
+                pool.doom(task, error)
 
 
 def _wakers() -> tuple[FdHandle, FdHandle]:

@@ -181,7 +181,7 @@ class Pool(Leaders):
         except FdLimitError as error:
             self._choke(task, error)
         except OSError as error:
-            self.outcomes.append((task, error))
+            self.doom(task, error)
             task.release()
             return True
         finally:
@@ -207,7 +207,7 @@ class Pool(Leaders):
         if task.choked_since is None:
             task.choked_since = now
         elif now - task.choked_since > CHOKED_SECONDS:
-            self.outcomes.append((task, error))
+            self.doom(task, error)
             task.release()
             return
         if not self.choked:
@@ -273,7 +273,7 @@ class Pool(Leaders):
         """Take a task out of the pool for good, unless a worker has begun it; return whether it was."""
         with self.lock:
             worker = task.worker
-            if task.future._task is None:
+            if task.future._task is None or task.decided:
                 return False
             if worker is not None:
                 tasks = self.take_back(worker)
@@ -311,6 +311,12 @@ class Pool(Leaders):
             self.counts["cancelled"] += len(tasks)
         for task in tasks:
             task.future.cancel_withdrawn()
+
+    def doom(self, task: Task, error: BaseException) -> None:
+        """Note that a task fails, for :meth:`settle`.  Lock held."""
+        if task.future._task is not None:
+            task.decided = True
+            self.outcomes.append((task, error))
 
     def settle(self) -> None:
         """Fail the tasks noted in ``outcomes``.  The lock must not be held."""

@@ -48,6 +48,8 @@ class Task:
     size: int = attrs.field(default=0, init=False)
     """Bytes by which it counts for ``max_inflight``."""
     worker: Worker | None = attrs.field(default=None, init=False)
+    decided: bool = attrs.field(default=False, init=False)
+    """Its answer or its worker's end is known, though its future is not settled yet: too late to cancel it."""
     timed_out: bool = attrs.field(default=False, init=False)
     choked_since: float | None = attrs.field(default=None, init=False)
     """Since when the system has refused to carry its descriptors (time.monotonic())."""

@@ -18,7 +18,7 @@ from concurrent.futures import _base
 from concurrent.futures.process import _ExceptionWithTraceback
 from typing import Any
 
-from fdshare import parcel
+from fdshare import parcel, recycle
 from fdshare.channel import Channel
 from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, NotSendableError, PeerClosedError
@@ -118,7 +118,7 @@ def _serve(channel: Channel, max_tasks: int | None, fragile: bool) -> None:
                 queued = not done % LOOK_EVERY and bool(poll.poll(0))
                 if not queued:
                     # Not in the receiving call: killed there, a process may take a message along that it never saw.
-                    poll.poll()
+                    recycle.poll_idly(poll, None)
             message = receive(channel)
         except KeyboardInterrupt:
             queued = True  # it may have been taken from the kernel
