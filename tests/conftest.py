@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 
 import pytest
+from helpers import TRANSPORTS
 from hypothesis import settings
 
-from fdshare import memory, recycle
+import fdshare
+from fdshare import Channel, memory, recycle
 from fdshare.testing import fdshare_no_leaks
 
 __all__ = ["fdshare_no_leaks"]  # a fixture is found by its name in a conftest
@@ -30,6 +33,21 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.fixture(autouse=True)
 def no_leaks(fdshare_no_leaks: None) -> None:
     """Check descriptors, threads and children after every test, in the test's child processes too."""
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each transport in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def pair(transport: str) -> Iterator[tuple[Channel, Channel]]:
+    """The two ends of a pipe over each transport; closed afterwards."""
+    a, b = fdshare.Pipe(transport=transport)
+    with a, b:
+        yield a, b
 
 
 SEGMENTS = ("pipe", "memfd", "lease", "file")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aio_loops import fill, pair, receive_all, run, run_in, send_all, settle, started
-from helpers import KINDS, TRANSPORTS, verify
+from helpers import KINDS, verify
 
 import fdshare
 from fdshare import (
@@ -30,12 +30,6 @@ from fdshare.testing import Child, checked_child, numbered_handle, pattern, read
 __all__ = ["run"]
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 # messages

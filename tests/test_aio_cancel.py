@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from aio_loops import fill, pair, run, send_all, settle, started
-from helpers import KINDS, LARGE, TRANSPORTS, compose, verify
+from helpers import KINDS, LARGE, compose, verify
 
 from fdshare import Channel, ClosedError, move, wire
 from fdshare.aio import AsyncChannel
@@ -22,12 +22,6 @@ Run = Callable[..., Any]
 
 STEPS = range(6)
 """Turns of the loop between an event and the cancellation: from before the event to after the task has noticed it."""
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 async def outcome(task: asyncio.Task[Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from aio_loops import fill, pair, receive_all, run, run_in, send_all, settle, started
-from helpers import KINDS, METHODS, TRANSPORTS, bare_pair, capture, close_pieces, inject, running, verify
+from helpers import KINDS, METHODS, bare_pair, capture, close_pieces, inject, running, verify
 from helpers import receive_all as receive_all_blocking
 from helpers import send_all as send_all_blocking
 
@@ -25,12 +25,6 @@ from fdshare.testing import Child, checked_child, numbered_handle, pattern, read
 __all__ = ["run"]
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 # between Channel and AsyncChannel

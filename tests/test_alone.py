@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import TRANSPORTS
 
 import fdshare
 from fdshare import Channel, DecodeError, FdHandle, NotSendableError, alone
@@ -22,13 +20,6 @@ codec = PickleCodec()
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alone, "_pickles", {})
     monkeypatch.setattr(alone, "_rebuilders", {})
-
-
-@pytest.fixture(params=TRANSPORTS)
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Channel, Channel]]:
-    a, b = fdshare.Pipe(transport=request.param)
-    with a, b:
-        yield a, b
 
 
 def encoded(obj: Any) -> Outgoing:

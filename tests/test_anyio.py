@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 import trio
 import trio.testing
-from helpers import KINDS, LARGE, TRANSPORTS, compose, running, verify
+from helpers import KINDS, LARGE, compose, running, verify
 
 import fdshare
 from fdshare import Channel, ClosedError, PeerClosedError, move
@@ -49,12 +49,6 @@ def run_in(backend: str, main: Main, *arguments: Any) -> Any:
 def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Run an async function under trio, and on asyncio."""
     return lambda main, *arguments: run_in(request.param, main, *arguments)
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 async def send_all(channel: AnyioChannel, numbers: range, kinds: tuple[str, ...] = KINDS) -> None:

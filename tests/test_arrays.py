@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TRANSPORTS, bare_pair, capture, close_pieces
+from helpers import bare_pair, capture, close_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shared import Call, Lent, Own, decode, descriptors, mappings, memory_file
@@ -40,13 +40,6 @@ from fdshare.testing import Child, checked_child
 np = pytest.importorskip("numpy")
 
 MIB = 1 << 20
-
-
-@pytest.fixture(params=TRANSPORTS)
-def pair(request: pytest.FixtureRequest) -> Any:
-    a, b = fdshare.Pipe(transport=request.param)
-    with a, b:
-        yield a, b
 
 
 def sent(pair: tuple[Channel, Channel], obj: Any) -> Any:

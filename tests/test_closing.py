@@ -6,11 +6,11 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import LARGE, TRANSPORTS, bare_pair, capture, close_pieces, inject, running, wait_until
+from helpers import LARGE, bare_pair, capture, close_pieces, inject, running, wait_until
 
 import fdshare
 from fdshare import (
@@ -21,19 +21,6 @@ from fdshare import (
 from fdshare.testing import checked_child, numbered_handle, pattern, read_number
 
 PROMPTLY = 5.0  # seconds; without waking up it would be for ever, and a loaded machine is no error
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture
-def pair(transport: str) -> Iterator[tuple[Channel, Channel]]:
-    a, b = fdshare.Pipe(transport=transport)
-    with a, b:
-        yield a, b
 
 
 def fill(channel: Channel, message: object = b"x" * 10_000) -> int:

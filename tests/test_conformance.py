@@ -7,10 +7,9 @@ import contextlib
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
-from helpers import KINDS, METHODS, TRANSPORTS, receive_all, running, send_all, verify
+from helpers import KINDS, METHODS, receive_all, running, send_all, verify
 
 import fdshare
 from fdshare import Channel, PeerClosedError
@@ -38,19 +37,6 @@ class TestStream(ChannelConformance):
 
     def make_pair(self) -> tuple[Channel, Channel]:
         return fdshare.Pipe(transport="stream")
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture
-def pair(transport: str) -> Iterator[tuple[Channel, Channel]]:
-    a, b = fdshare.Pipe(transport=transport)
-    with a, b:
-        yield a, b
 
 
 @pytest.mark.parametrize("kinds", [*[(kind,) for kind in KINDS], KINDS], ids=[*KINDS, "mixed"])

@@ -8,11 +8,10 @@ import pickle
 import select
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import LARGE, TRANSPORTS, bare_pair, capture, close_pieces, inject, running
+from helpers import LARGE, bare_pair, capture, close_pieces, inject, running
 
 import fdshare
 from fdshare import (
@@ -27,20 +26,6 @@ from fdshare import (
     wire,
 )
 from fdshare.testing import Child, leak_check, numbered_handle, pattern, read_number
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture
-def pair(transport: str) -> Iterator[tuple[Channel, Channel]]:
-    a, b = fdshare.Pipe(transport=transport)
-    with a, b:
-        yield a, b
-
 
 # messages that cannot be
 

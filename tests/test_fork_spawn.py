@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
-from helpers import METHODS, TRANSPORTS
+from helpers import METHODS
 
 from fdshare import Channel, FdHandle, NotSendableError, PeerClosedError, Pipe, move
 from fdshare.testing import numbered_handle, read_number
@@ -37,11 +37,6 @@ TIMEOUT = 30.0
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> str:
     """A start method."""
-    return str(request.param)
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import LARGE, TRANSPORTS, Piece, bare_pair, capture, close_pieces, inject
+from helpers import LARGE, Piece, bare_pair, capture, close_pieces, inject
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -46,12 +46,6 @@ NUMBERS = (
     2**63,
     2**64 - 1,
 )
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 class Stranger:

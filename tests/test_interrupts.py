@@ -13,17 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import TRANSPORTS, compose, running, send_all, verify
+from helpers import compose, running, send_all, verify
 
 import fdshare
 from fdshare import Channel, PeerClosedError
 from fdshare.testing import checked_child
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 class Interrupter:

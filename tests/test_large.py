@@ -20,7 +20,6 @@ import pytest
 from helpers import (
     LARGE,
     SOCKET_TYPES,
-    TRANSPORTS,
     bare_pair,
     capture,
     close_pieces,
@@ -42,12 +41,6 @@ from fdshare import (
 from fdshare.testing import LeakCheck, checked_child, leak_check, numbered_handle, pattern, read_number
 
 MIB = 1 << 20
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 @pytest.fixture

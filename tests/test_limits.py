@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import LARGE, TRANSPORTS, bare_pair, inject, running, wait_until
+from helpers import LARGE, bare_pair, inject, running, wait_until
 
 import fdshare
 from fdshare import (
@@ -25,12 +25,6 @@ from fdshare import (
     wire,
 )
 from fdshare.testing import Child, checked_child, numbered_handle, pattern, read_number
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 def set_limit(soft: int) -> None:

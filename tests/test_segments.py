@@ -12,7 +12,6 @@ from collections.abc import Callable
 import pytest
 from helpers import (
     LARGE,
-    TRANSPORTS,
     Piece,
     bare_pair,
     capture,
@@ -29,12 +28,6 @@ from fdshare import (
 from fdshare.testing import checked_child, leak_check, pattern
 
 MIB = 1 << 20
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 def a_large_message(transport: str) -> list[Piece]:

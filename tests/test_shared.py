@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import METHODS, TRANSPORTS, bare_pair, capture, close_pieces, running, wait_until
+from helpers import METHODS, bare_pair, capture, close_pieces, running, wait_until
 from test_interrupts import Interrupter, expect_drops
 from test_limits import NoRoom
 
@@ -54,13 +54,6 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Where shared memory lives; a forked child finds it as here."""
     monkeypatch.setattr(memory, "HAVE_MEMFD", request.param == "memfd")
     return str(request.param)
-
-
-@pytest.fixture(params=TRANSPORTS)
-def pair(request: pytest.FixtureRequest) -> Any:
-    a, b = fdshare.Pipe(transport=request.param)
-    with a, b:
-        yield a, b
 
 
 def descriptors() -> int:

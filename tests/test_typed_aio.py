@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from helpers import SOCKET_TYPES, TRANSPORTS
+from helpers import SOCKET_TYPES
 from typed_messages import DESCRIPTORS, Empty, Handles
 
 from fdshare import Channel, DecodeError, NotSendableError, ProtocolError, TypedCodec, aio, wire
@@ -24,12 +24,6 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.path),)
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 def test_messages_travel(transport: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from helpers import SOCKET_TYPES, TRANSPORTS, inject
+from helpers import SOCKET_TYPES, inject
 from typed_messages import DESCRIPTORS, Empty, Handles, Sockets
 
 from fdshare import (
@@ -40,12 +40,6 @@ needs_memfd = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no mem
 CODEC = TypedCodec(Handles, Empty, recv_fds=4, max_bytes=1 << 20)
 NOTHING = TypedCodec(Empty, max_bytes=1000)
 GOOD = msgspec.msgpack.encode(["Empty"])
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 @contextlib.contextmanager
