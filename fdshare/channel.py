@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fdshare import packets, reducers, rights, wire
+from fdshare import packets, recycle, reducers, rights, wire
 from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, undecodable
 from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
@@ -38,6 +38,7 @@ _PICKLE = PickleCodec()
 _PICKLE_MARK = wire.PICKLE_MARK
 _NOTICE_MARK = bytes([wire.NOTICE])
 _loads = pickle.loads
+_kept = recycle.kept  # while there are some, a wait must not be endless; see recycle.idly
 _SEND_NOW = rights.SEND_NOW
 
 
@@ -137,7 +138,7 @@ class Channel:
             ProtocolError: the peer does not speak the protocol; the channel is closed now.
         """
         transport = self._transport
-        if timeout is None and transport.plain and not other_threads():
+        if timeout is None and transport.plain and not other_threads() and not _kept:
             if not transport.arrived:
                 try:
                     for transport.arrived in transport.arrivals:  # noqa: B020 -- an attribute as target

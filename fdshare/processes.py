@@ -17,14 +17,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import select
 import signal
 import struct
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fdshare.errors import DecodeError
 from fdshare.handle import kind_of, own
-from fdshare.travelling import Kept, Travelling, keep, travels
+from fdshare.travelling import Kept, Readable, keep, travels
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -55,7 +54,7 @@ class HasPid(Protocol):
         ...
 
 
-class ProcessHandle(Travelling):
+class ProcessHandle(Readable):
     """One process, to wait for and to send signals to, from any process that has the handle.
 
     It is readable from the end of the process on: ``fdshare.wait``, selectors and event loops take it.  It borrows: who started
@@ -168,15 +167,6 @@ class ProcessHandle(Travelling):
         """
         self._send_if_there(signal.SIGKILL)
 
-    def fileno(self) -> int:
-        """Borrow the pidfd, which is readable from the end of the process on.
-
-        Raises:
-            ClosedError: this handle was closed.
-        """
-        self._check_open()
-        return self._handles[0].fileno()
-
     def _send_if_there(self, signum: int) -> None:
         try:
             self.send_signal(signum)
@@ -186,9 +176,7 @@ class ProcessHandle(Travelling):
     def _ended(self, timeout: float | None) -> bool:
         if self._exitcode is not None:
             return True
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        return bool(poll.poll(None if timeout is None else max(0.0, timeout) * 1000))
+        return self._is_readable(timeout)
 
     def __enter__(self) -> ProcessHandle:
         return self

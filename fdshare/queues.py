@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
-from fdshare import packets, reducers, rights, wire
+from fdshare import packets, recycle, reducers, rights, wire
 from fdshare.codec import Outgoing, PickleCodec, undecodable
 from fdshare.ends import Inlet, Outlet, make_pair
 from fdshare.errors import ClosedError, PeerClosedError, QueueClosedError
@@ -60,6 +60,7 @@ _CODEC = PickleCodec()
 _encode = _CODEC.encode
 _loads = pickle.loads
 _SEND_NOW = rights.SEND_NOW
+_kept = recycle.kept  # while there are some, a wait must not be endless; see recycle.idly
 
 
 class Queue:
@@ -192,7 +193,12 @@ class Queue:
             DescriptorsLostError: there was no room for the item's descriptors here; it is gone, and the queue goes on.
             ProtocolError: somebody who is not a queue wrote into the socket; that packet is gone.
         """
-        if timeout is None and self._arrivals is not None and not self._left and not other_threads():
+        if (
+            timeout is None
+            and self._arrivals is not None
+            and not self._left
+            and not (other_threads() or _kept)
+        ):
             data = None
             try:
                 for data, ancillary, flags, address in self._arrivals:  # noqa: B007
@@ -228,7 +234,8 @@ class Queue:
                 if self._ended:
                     raise QueueClosedError
                 over = self._over is not None and self._over.is_set()
-                blocks = deadline is None and self._over is None  # the kernel wakes one for each item
+                # In the read itself, as there the kernel wakes one for each item.
+                blocks = deadline is None and self._over is None and not _kept
                 try:
                     for arrived in self._outlet.arrivals if blocks else self._outlet.arrivals_now:  # noqa: B007
                         break
@@ -269,8 +276,8 @@ class Queue:
         poll.register(self._outlet.sock, select.POLLIN)
         if self._over is not None:
             poll.register(self._over, select.POLLIN)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        if not poll.poll(left) and left is not None:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not recycle.poll_idly(poll, left) and left is not None:
             raise TimeoutError("the time is up, and the queue is empty")
 
     def __iter__(self) -> Iterator[Any]:

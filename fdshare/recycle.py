@@ -21,7 +21,8 @@ size is sealed against shrinking all the same, so a reader cannot be killed by S
 
 Bounds: one large message in :data:`STEADY_SECONDS` is no flow, and keeps nothing.  What is kept at all is at most
 :data:`MOST_SEGMENTS` segments and :func:`most_kept` bytes in a process.  What was not used for as long is given up at the next
-large message or garbage collection, and all of it at once when the last channel that used it is closed.
+large message or garbage collection, in a wait of this package that turns out long (:func:`idly`), and all of it at once when
+the last channel that used it is closed.
 """
 
 from __future__ import annotations
@@ -29,16 +30,21 @@ from __future__ import annotations
 import fcntl
 import functools
 import gc
+import math
 import mmap
 import os
+import select
 import threading
 import time
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fdshare.handle import FdHandle, Handles, own
 
-__all__ = ["give_up", "leave", "lease", "most_kept"]
+__all__ = ["give_up", "idly", "kept", "leave", "lease", "most_kept", "poll_idly"]
+
+_T = TypeVar("_T")
 
 ENABLED = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 """Whether segments are recycled; read at each use, so that tests can switch it off."""
@@ -58,6 +64,9 @@ _GRAIN = 1 << 20
 _CHUNK = 1 << 20
 """Bytes copied at a time: a copy holds the interpreter's lock, this one for some 0.15 ms."""
 
+_MOST_MILLISECONDS = 2**31 - 1
+"""What poll(2) takes."""
+
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE of Linux 5.14, absent from the mmap module: maps pages that are there in one call."""
 
@@ -73,7 +82,7 @@ def most_kept() -> int:
 
 
 class _Segment:
-    """A memfd of this process; whoever took it out of ``_kept`` owns it."""
+    """A memfd of this process; whoever took it out of ``kept`` owns it."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -155,7 +164,8 @@ class _Segment:
 
 
 _lock = threading.Lock()
-_kept: list[_Segment] = []
+kept: list[_Segment] = []
+"""What is kept now, the longest unused first; always the same list, so that a look costs next to nothing."""
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 _last = -STEADY_SECONDS  # when a large message was last written
 
@@ -202,7 +212,7 @@ def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
     segment.used = now
     with _lock:
         if _users:
-            _kept.append(segment)
+            kept.append(segment)
             return handle
     segment.close()  # its channel was closed meanwhile
     return handle
@@ -210,27 +220,27 @@ def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
 
 def _take(size: int) -> _Segment | None:
     """Take the smallest free segment that fits out of the kept ones, or a new one."""
-    fitting = [segment for segment in _kept if segment.capacity >= size]
+    fitting = [segment for segment in kept if segment.capacity >= size]
     for segment in sorted(fitting, key=lambda segment: segment.capacity):
         if segment.capacity <= max(2 * size, _GRAIN) and segment.is_free():
-            _kept.remove(segment)
+            kept.remove(segment)
             return segment
     capacity = -(-size // _GRAIN) * _GRAIN
-    room = most_kept() - capacity - sum(segment.capacity for segment in _kept)
-    for segment in tuple(_kept):  # oldest use first
-        if room >= 0 and len(_kept) < MOST_SEGMENTS:
+    room = most_kept() - capacity - sum(segment.capacity for segment in kept)
+    for segment in tuple(kept):  # oldest use first
+        if room >= 0 and len(kept) < MOST_SEGMENTS:
             break
         if segment.is_free():
-            _kept.remove(segment)
+            kept.remove(segment)
             segment.close()
             room += segment.capacity
-    return _Segment(capacity) if room >= 0 and len(_kept) < MOST_SEGMENTS else None
+    return _Segment(capacity) if room >= 0 and len(kept) < MOST_SEGMENTS else None
 
 
 def trim(now: float) -> None:
     """Give up what was not used for a while; the lock is held."""
-    while _kept and now - _kept[0].used > STEADY_SECONDS:
-        _kept.pop(0).close()
+    while kept and now - kept[0].used > STEADY_SECONDS:
+        kept.pop(0).close()
 
 
 def leave(user: object) -> None:
@@ -242,6 +252,35 @@ def leave(user: object) -> None:
                 _clear()
 
 
+def idly(wait: Callable[[float | None], _T], seconds: float | None) -> _T:
+    """Return ``wait(seconds)``; where that turns out long, what is kept is given up meanwhile.
+
+    A process that has sent its results and waits for more work does nothing else at which this could be done.
+
+    Args:
+        wait: waits at most for the seconds it is given, None for ever; what it returns is true where it need not wait on.
+        seconds: for how long altogether.
+    """
+    while kept and (seconds is None or seconds > STEADY_SECONDS):
+        found = wait(STEADY_SECONDS)
+        if found:
+            return found
+        with _lock:
+            trim(time.monotonic())
+        seconds = None if seconds is None else seconds - STEADY_SECONDS
+    return wait(seconds)
+
+
+def poll_idly(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:
+    """Return what ``poll`` finds within ``seconds``, None for ever; see :func:`idly`."""
+    return idly(
+        lambda left: poll.poll(
+            None if left is None else max(0, min(math.ceil(left * 1000), _MOST_MILLISECONDS))
+        ),
+        seconds,
+    )
+
+
 def give_up() -> None:
     """Keep nothing for now."""
     with _lock:
@@ -249,13 +288,13 @@ def give_up() -> None:
 
 
 def _clear() -> None:
-    while _kept:
-        _kept.pop().close()
+    while kept:
+        kept.pop().close()
 
 
 def _trim_at_collection(phase: str, info: dict[str, int]) -> None:
     # A collection may begin anywhere, also in here: never wait.
-    if _kept and phase == "stop" and _lock.acquire(blocking=False):
+    if kept and phase == "stop" and _lock.acquire(blocking=False):
         try:
             trim(time.monotonic())
         finally:

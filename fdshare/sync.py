@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from fdshare.errors import ClosedError
 from fdshare.handle import own, unarmed
 from fdshare.mutex import BUSY, LOST, OWNER_DIED, Mutex, make_mutex, open_mutex
-from fdshare.travelling import Kept, Travelling, keep, travels
+from fdshare.travelling import Kept, Readable, Travelling, keep, travels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -229,35 +228,20 @@ def _make_pipe() -> tuple[Kept, Kept]:
     return keep(reader), keep(writer)
 
 
-class _Readable(Travelling):
-    """An eventfd, or the two ends of a pipe, of which being readable is the state."""
+class _Counting(Readable):
+    """An eventfd, or the two ends of a pipe."""
 
     __slots__ = ()
 
     def _adopt(self, handles: tuple[Kept, ...]) -> None:
         self._handles = handles
 
-    def fileno(self) -> int:
-        """Borrow the descriptor's number, for ``fdshare.wait``, selectors and event loops; reading from it breaks the object.
-
-        Raises:
-            ClosedError: this object was closed.
-        """
-        self._check_open()
-        return self._handles[0].fileno()
-
     def _write(self, data: bytes) -> None:
         self._check_open()
         os.write(self._handles[-1].fileno(), data)
 
-    def _is_readable(self, timeout: float | None) -> bool:
-        """Wait until it is, at most ``timeout`` seconds."""
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        return bool(poll.poll(None if timeout is None else max(0.0, timeout) * 1000))
 
-
-class Semaphore(_Readable):
+class Semaphore(_Counting):
     """A number of units, to be taken and given back by any thread of any process that has it.
 
     It only counts: the units that a dead process had taken do not come back, as nobody knows which they were.  Where that
@@ -361,7 +345,7 @@ class Semaphore(_Readable):
         self.release()
 
 
-class Event(_Readable):
+class Event(_Counting):
     """Set or not, for all threads of all processes that have it; :meth:`wait` waits until it is.
 
     It is a state and not a pulse: who waits while it is set and cleared at once may see neither.

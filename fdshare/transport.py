@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import _thread
 import errno
-import math
 import os
 import select
 import socket
@@ -122,10 +121,7 @@ class _Waker:
 
 
 def _poll(poll: select.poll, deadline: float | None) -> int:
-    milliseconds = (
-        None if deadline is None else max(0, min(math.ceil((deadline - time.monotonic()) * 1000), 2**31 - 1))
-    )
-    ready = poll.poll(milliseconds)
+    ready = recycle.poll_idly(poll, None if deadline is None else deadline - time.monotonic())
     return ready[0][1] if ready else 0
 
 

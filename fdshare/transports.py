@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fdshare import rights, wire
+from fdshare import recycle, rights, wire
 from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
@@ -131,7 +131,9 @@ class SeqpacketTransport(_Greeted):
         limits = self.limits
         if limits is None or self.greeting is not None or self._noticed or self.arrived is not None:
             return None
-        if other_threads():  # who may close the channel: an endless read must not begin
+        if (
+            other_threads() or recycle.kept
+        ):  # an endless read must not begin: they may close the channel; see idly
             return None
         try:
             for self.arrived in self.arrivals:  # noqa: B020 -- see transport.py

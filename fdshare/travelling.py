@@ -6,14 +6,15 @@ function needs besides.  What it is lives in the kernel, so a copy in another pr
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from fdshare import reducers
+from fdshare import recycle, reducers
 from fdshare.errors import ClosedError
 from fdshare.handle import FdHandle, Outside
 
-__all__ = ["Kept", "Travelling", "keep", "travels"]
+__all__ = ["Kept", "Readable", "Travelling", "keep", "travels"]
 
 
 class Kept(FdHandle):
@@ -74,6 +75,27 @@ class Travelling:
     def __reduce__(self) -> tuple[Any, ...]:
         """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
         return Outside.reduce(self)
+
+
+class Readable(Travelling):
+    """One whose first descriptor is readable while there is what one waits for."""
+
+    __slots__ = ()
+
+    def fileno(self) -> int:
+        """Borrow the descriptor's number, for ``fdshare.wait``, selectors and event loops; reading from it breaks the object.
+
+        Raises:
+            ClosedError: this object was closed.
+        """
+        self._check_open()
+        return self._handles[0].fileno()
+
+    def _is_readable(self, timeout: float | None) -> bool:
+        """Wait until it is, at most ``timeout`` seconds."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return bool(recycle.poll_idly(poll, timeout))
 
 
 def reduce_travelling(obj: Travelling, context: reducers.Context) -> reducers.Reduced:

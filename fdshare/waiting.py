@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from fdshare import recycle
 from fdshare.channel import Channel
 from fdshare.handle import HasFileno, as_fd
 from fdshare.transports import has_read_ahead
@@ -55,7 +56,7 @@ def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
         if ready:
             return ready
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        found = {number for number, _ in poll.poll(None if left is None else left * 1000)}
+        found = {number for number, _ in recycle.poll_idly(poll, left)}
         ready = [
             obj for obj, number in zip(objects, numbers, strict=True) if number in found and _is_ready(obj)
         ]
@@ -125,7 +126,7 @@ class ChannelSet:
             in_hand = [channel for channel in dict.fromkeys(in_hand) if channel in self._numbers]
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found = [key.data for key, _ in self._selector.select(0 if in_hand else left)]
+            found = [key.data for key, _ in recycle.idly(self._selector.select, 0 if in_hand else left)]
             ready = [channel for channel in found if _is_ready(channel)]
             if in_hand:
                 ready = in_hand + [channel for channel in ready if channel not in in_hand]
