@@ -45,9 +45,8 @@ _SEND_NOW = rights.SEND_NOW
 class Channel:
     """One end of a connection for objects; a drop-in for ``multiprocessing.connection.Connection``.
 
-    Made by :func:`Pipe`, or around a connected AF_UNIX socket, which it takes over.  Usable by several threads at
-    once; one end may be shared by several processes where the transport is "seqpacket".
-    Channels travel in messages and as arguments of ``multiprocessing.Process``.
+    Made by :func:`Pipe`, or around a connected AF_UNIX socket, which it takes over.  Usable by several threads at once; one end
+    may be shared by several processes where the transport is "seqpacket".  It travels in messages and as an argument of processes.
 
     Args:
         sock: a connected AF_UNIX socket, SOCK_SEQPACKET or SOCK_STREAM; it belongs to the channel now.
