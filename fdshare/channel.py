@@ -46,7 +46,7 @@ class Channel:
     """One end of a connection for objects; a drop-in for ``multiprocessing.connection.Connection``.
 
     Made by :func:`Pipe`, or around a connected AF_UNIX socket, which it takes over.  Usable by several threads at once; one end
-    may be shared by several processes where the transport is "seqpacket".  It travels in messages and as an argument of processes.
+    may be shared by several processes where the transport is "seqpacket".  Travels in messages and as an argument of processes.
 
     Args:
         sock: a connected AF_UNIX socket, SOCK_SEQPACKET or SOCK_STREAM; it belongs to the channel now.

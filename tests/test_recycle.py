@@ -8,14 +8,15 @@ import random
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
-from helpers import TRANSPORTS, bare_pair, capture, close_pieces
+from helpers import bare_pair, capture, close_pieces, wait_until
 
 import fdshare
-from fdshare import Channel, DecodeError, memory, recycle, wire
+from fdshare import Channel, ChannelSet, DecodeError, Event, Queue, memory, recycle, wire
 from fdshare.testing import Child, checked_child, pattern
+from fdshare.transport import other_threads
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -24,14 +25,7 @@ SIZE = 4 * MIB
 @pytest.fixture(autouse=True)
 def leases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycle, "ENABLED", True)
-    monkeypatch.setattr(recycle, "STEADY_SECONDS", 1e9)  # each message is of a flow
-
-
-@pytest.fixture(params=TRANSPORTS)
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Channel, Channel]]:
-    a, b = fdshare.Pipe(transport=request.param)
-    with a, b:
-        yield a, b
+    monkeypatch.setattr(recycle, "STEADY_SECONDS", 1e6)  # each message is of a flow
 
 
 def inode_of(pieces: list[tuple[bytes, list[int]]]) -> int:
@@ -39,12 +33,12 @@ def inode_of(pieces: list[tuple[bytes, list[int]]]) -> int:
     return os.fstat(fd).st_ino
 
 
-def memfds() -> int:
-    """How many descriptors of segments this process has open."""
+def memfds(process: int | str = "self") -> int:
+    """How many descriptors of segments a process has open, this one unless told otherwise."""
     count = 0
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir(f"/proc/{process}/fd"):
         try:
-            count += "/memfd:fdshare" in os.readlink(f"/proc/self/fd/{name}")
+            count += "/memfd:fdshare" in os.readlink(f"/proc/{process}/fd/{name}")
         except FileNotFoundError:
             pass  # the listing's own
     return count
@@ -180,11 +174,11 @@ def test_dead_receiver_gives_back(pair: tuple[Channel, Channel]) -> None:
         a.send(numpy.ones(SIZE, "u1"))
         assert a.recv(timeout=30) == SIZE
         a.send(numpy.ones(SIZE, "u1"))
-        assert not any(segment.is_free() for segment in recycle._kept)
-        assert len(recycle._kept) == 2
+        assert not any(segment.is_free() for segment in recycle.kept)
+        assert len(recycle.kept) == 2
         child.kill()
     a.close()  # and with it the message that nobody took
-    assert not recycle._kept
+    assert not recycle.kept
     assert not memfds()
 
 
@@ -229,18 +223,89 @@ def test_unused_is_given_up_at_a_collection(
     assert not memfds()
 
 
+def _wait_by_set(channel: Channel) -> object:
+    with ChannelSet([channel]) as channels:
+        channels.select()
+    return channel.recv()
+
+
+WAITS: dict[str, Callable[[Channel, Queue, Event], object]] = {
+    "recv": lambda channel, queue, event: channel.recv(),
+    "recv in time": lambda channel, queue, event: channel.recv(timeout=60),
+    "poll": lambda channel, queue, event: channel.poll(None) and channel.recv(),
+    "wait": lambda channel, queue, event: fdshare.wait([channel]) and channel.recv(),
+    "ChannelSet": lambda channel, queue, event: _wait_by_set(channel),
+    "Queue": lambda channel, queue, event: queue.get(),
+    "Event": lambda channel, queue, event: event.wait(),
+}
+
+
+def _idle(how: str, transport: str) -> None:
+    assert not other_threads()
+    a, b = fdshare.Pipe(transport=transport)
+    here, there = fdshare.Pipe(transport=transport)
+    event, sender = Event(), os.getpid()
+    with a, b, here, there, Queue() as queue:
+        for _ in range(3):
+            a.send(content(1))
+            b.recv()
+        assert memfds()
+        gc.disable()  # which would give up too
+        recycle.STEADY_SECONDS = 0.02
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                wait_until(lambda: not memfds(sender))
+                status = 0
+            finally:
+                there.send(True)
+                queue.put(True)
+                event.set()
+                os._exit(status)
+        assert WAITS[how](here, queue, event) is True
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert not recycle.kept
+
+
+@pytest.mark.parametrize(
+    ("how", "transport"),
+    [(how, "seqpacket") for how in WAITS] + [("recv", "stream")],
+)
+def test_unused_is_given_up_while_its_process_waits(how: str, transport: str) -> None:
+    checked_child(_idle, how, transport)
+
+
+def test_a_wait_that_is_over_before_gives_up_nothing() -> None:
+    found = iter([[], [], ["found"]])
+    asked = []
+
+    def wait(seconds: float | None) -> list[str]:
+        asked.append(seconds)
+        return next(found)
+
+    with bare_pair("seqpacket") as (channel, bare):
+        assert recycle.idly(wait, 7) == []  # nothing is kept
+        channel.send(bytearray(SIZE))
+        close_pieces(capture(bare))
+        assert recycle.idly(wait, recycle.STEADY_SECONDS) == []
+        assert recycle.idly(wait, None) == ["found"]
+        assert asked == [7, recycle.STEADY_SECONDS, recycle.STEADY_SECONDS]
+        assert len(recycle.kept) == 1
+
+
 def test_what_is_kept_is_bounded(pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycle, "most_kept", lambda: 10 * MIB)
     a, b = pair
     for size in (SIZE, 9 * MIB, 11 * MIB, SIZE, 2 * MIB, 3 * MIB):
         a.send(content(1, size))
         assert b.recv() == content(1, size)
-        assert sum(segment.capacity for segment in recycle._kept) <= 10 * MIB
+        assert sum(segment.capacity for segment in recycle.kept) <= 10 * MIB
     held = []
     for _ in range(5):
         a.send(content(1))
         held.append(b.recv())
-        assert sum(segment.capacity for segment in recycle._kept) <= 10 * MIB
+        assert sum(segment.capacity for segment in recycle.kept) <= 10 * MIB
     assert all(array == content(1) for array in held)
 
 
@@ -316,7 +381,7 @@ def _send_without_proc() -> None:
             for number in range(3):
                 a.send(numpy.full(SIZE, number, "u1"))
                 assert (b.recv() == number).all()
-            assert not recycle._kept
+            assert not recycle.kept
         finally:
             os.fchdir(root)
             os.chroot(".")
