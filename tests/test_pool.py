@@ -419,6 +419,8 @@ def test_stats_tell_of_workers_and_tasks() -> None:
         assert (worker.state, worker.done) == ("busy", 2)
         assert worker.task_age is not None
         assert worker.resident is None or worker.resident > 1 << 20
+        assert {task.future for task in executor._pending_work_items.values()} == {blocked, *queued}
+        assert list(executor._processes) == [worker.pid]
         open_gate(writer)
         assert worker.pid == blocked.result(TIMEOUT)
         assert [future.result(TIMEOUT) for future in queued] == [-1] * 5

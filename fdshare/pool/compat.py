@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from fdshare.pool.pool import Pool
+from fdshare.pool.tasks import Task
 
 __all__ = ["StandardNames"]
 
@@ -30,6 +31,15 @@ class StandardNames:
     def _processes(self) -> dict[int, Any]:
         with self._pool.lock:
             return {worker.pid: worker.process for worker in self._pool.workers.values()}
+
+    @property
+    def _pending_work_items(self) -> dict[int, Task]:
+        """The tasks that are not done, each with its ``future``."""
+        with self._pool.lock:
+            tasks = [task for task in self._pool.pending if task.message is not None]
+            for worker in self._pool.workers.values():
+                tasks += worker.assigned.values()
+            return {task.number: task for task in tasks}
 
     @property
     def _max_workers(self) -> int:
