@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
-import multiprocessing.context
 import operator
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -248,52 +245,6 @@ def test_workers_keep_no_descriptors() -> None:
         with tasks.pipe_with(b"x") as handle:
             executor.submit(operator.truth, handle).result(TIMEOUT)  # takes it and drops it
         assert executor.submit(tasks.descriptors).result(TIMEOUT) == before
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc to see what a process has open")
-def test_forked_workers_inherit_nothing_of_the_pool() -> None:
-    own = tasks.open_links()
-    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as executor:
-        for future in [executor.submit(tasks.open_links) for _ in range(40)]:
-            links = future.result(TIMEOUT)
-            for link in own:
-                if link in links:
-                    links.remove(link)
-            assert sum(link.startswith("socket:") for link in links) == 1  # its own inbox
-            assert not [link for link in links if link.startswith(("anon_inode:", "pidfd:", "/memfd:"))]
-
-
-class CountedProcess(multiprocessing.context.ForkProcess):
-    left = 2
-
-    def start(self) -> None:
-        if not CountedProcess.left:
-            raise BlockingIOError(errno.EAGAIN, "no more processes")
-        CountedProcess.left -= 1
-        super().start()
-
-
-def test_forking_that_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = multiprocessing.context.ForkContext()
-    monkeypatch.setattr(context, "Process", CountedProcess)
-    with ProcessPoolExecutor(3, context) as executor:
-        with pytest.raises(BlockingIOError, match="no more processes"):
-            executor.submit(tasks.pid)
-        assert not executor.stats().workers
-        CountedProcess.left = 3
-        assert executor.submit(operator.neg, 1).result(TIMEOUT) == -1
-
-
-def test_forking_without_room_leaves_nothing() -> None:
-    with ProcessPoolExecutor(8, multiprocessing.get_context("fork")) as executor:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 10, hard))
-        try:
-            with pytest.raises(OSError, match="Too many open files"):
-                executor.submit(tasks.pid)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert executor.submit(operator.neg, 1).result(TIMEOUT) == -1
 
 
 # --- map, cancel, callbacks, stats ------------------------------------------------------------------------------------

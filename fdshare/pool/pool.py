@@ -76,8 +76,8 @@ class Pool(Leaders):
         self.ended = False  # by terminate_workers or kill_workers: nothing is run again
         self.broken: BaseException | None = None
         self.abandoned = False  # in a forked child
-        self.forking: tuple[int, set[int], object] | None = None
-        """Which thread forks the first workers, what the next one must not keep open, and who owns that."""
+        self.forking: tuple[int, set[int], list[Any]] | None = None
+        """Which thread forks the first workers, what the next one must not keep open, and whose that is."""
         self.manager: Manager | None = None
         self.counts = {"done": 0, "failed": 0, "cancelled": 0, "restarts": 0}
         _pools.add(self)
@@ -369,7 +369,7 @@ class Pool(Leaders):
                 not_theirs.update(worker.filenos())
             for worker in workers:
                 theirs = {worker.inbox.fileno(), worker.theirs.fileno()}
-                self.forking = threading.get_ident(), not_theirs - theirs, (workers, manager)
+                self.forking = threading.get_ident(), not_theirs - theirs, [manager, *workers]
                 start_worker(worker, self.nascent)
                 not_theirs -= theirs
                 not_theirs.update(worker.filenos())
@@ -439,15 +439,19 @@ class Pool(Leaders):
     def abandon(self) -> None:
         """In a forked child: let go of everything, which is the parent's."""
         self.abandoned = True
-        if self.forking is not None and self.forking[0] == threading.get_ident():
-            # A worker, one of many: to close each of the others by all its objects would copy hundreds of pages of memory.
-            # The objects stay for good, so that none closes a number that is another file's by then.
-            _relics.append(self)
-            for fd in self.forking[1]:
-                os.close(fd)
-            return
         self.lock = threading.RLock()
         self.launching = threading.Lock()
+        if self.forking is not None:
+            thread, fds, owners = self.forking
+            if thread == threading.get_ident():
+                # A worker, one of many: to close each of the others by all its objects would copy hundreds of pages.
+                # The objects stay for good, so that none closes a number that is another file's by then.
+                _relics.append(self)
+                for fd in fds:
+                    os.close(fd)
+                return
+            for owner in owners:
+                owner.close()
         for worker in self.workers.values():
             if worker.lead is not None:
                 worker.lead.valid = False
