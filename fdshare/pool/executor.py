@@ -155,6 +155,9 @@ class ProcessPoolExecutor(StandardNames, Executor):
         Raises:
             RuntimeError: after shutdown.
             BrokenProcessPool: the pool is broken.
+            OSError: no worker can be started; or there are no descriptors or no memory left for the arguments, which are
+                as they were (FdLimitError, NoSpaceError).
+            MessageTooLargeError: the arguments are over a bound of wire.py.
         """
         future = TaskFuture(self._pool)
         self._submit(future, fn, args, kwargs)
@@ -339,7 +342,7 @@ class PoolView:
         """Schedule a call as ``ProcessPoolExecutor.submit`` does.
 
         Raises:
-            RuntimeError, BrokenProcessPool: as there.
+            RuntimeError, BrokenProcessPool, OSError, MessageTooLargeError: as there.
         """
         future = TaskFuture(self._executor._pool)
         self._executor._submit(future, fn, args, kwargs, self._timeout, self._retries)
