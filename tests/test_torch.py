@@ -427,24 +427,20 @@ def test_pool_takes_and_returns_tensors(torch: Any) -> None:
             assert same_memory(whole, tail)
 
 
-def test_worker_that_got_no_tensor_answers_torchs_way(torch: Any) -> None:
-    context = multiprocessing.get_context("forkserver")
-    with fdshare.ProcessPoolExecutor(1, context) as pool:
-        assert pool.submit(_make, 10).result(30)[1].tolist() == list(range(1, 10))
-
-
-def test_what_arrives_installs(torch: Any) -> None:
+def test_process_that_got_no_tensor_answers_torchs_way_and_what_arrives_installs(torch: Any) -> None:
     a, b = fdshare.Pipe()
     with a, Child(_receive, b, method="spawn", unwanted=(a,)) as child:
         b.close()
+        assert a.recv(timeout=60)[1].tolist() == list(range(1, 10))
         a.send(torch.ones(3))
         assert a.recv(timeout=60).tolist() == [2, 2, 2]
         assert child.result(30) == (False, True)
 
 
 def _receive(channel: Channel) -> tuple[bool, bool]:
-    before = integration.installed()
     with channel:
+        channel.send(_make(10))
+        before = integration.installed()
         channel.send(channel.recv() * 2)
     return before, integration.installed()
 
