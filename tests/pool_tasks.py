@@ -93,6 +93,10 @@ def crash(manner: str, _: Any = None) -> None:
     signal.pause()
 
 
+def close_everything() -> None:
+    os.closerange(3, 1 << 12)
+
+
 def wait_for(handle: FdHandle, value: Any = None) -> Any:
     """Block until the other end of a pipe is written to or closed."""
     with handle:

@@ -147,6 +147,13 @@ def test_death_while_half_a_large_result_is_sent() -> None:
             assert isinstance(error, WorkerDiedError) or len(future.result()) == size
 
 
+def test_task_that_closes_what_is_not_its_own() -> None:
+    with pool_of(1) as executor:
+        with pytest.raises(WorkerDiedError):
+            executor.submit(tasks.close_everything).result(TIMEOUT)
+        assert executor.submit(operator.neg, 1).result(TIMEOUT) == -1
+
+
 def test_grandchild_that_lives_on_does_not_hide_a_death() -> None:
     with pool_of(1) as executor, Gate() as gate:
         pid = executor.submit(tasks.fork_and_wait, *gate.arguments()).result(TIMEOUT)

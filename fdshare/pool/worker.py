@@ -188,6 +188,8 @@ def _answer(channel: Channel, tag: int, value: list[Any]) -> None:
     except PeerClosedError:
         raise
     except BaseException as failure:  # noqa: BLE001 -- sys.exit() while a result is pickled, too
+        if not value:
+            raise  # it could be encoded, so it is the channel: the task has closed what was not its own
         if tag < 1 << KIND_BITS:
             value[0] = (0, RuntimeError(f"{value[0][1]!r}, which cannot travel: {failure}"))
         elif type(value[0]) is _ExceptionWithTraceback:
