@@ -275,7 +275,7 @@ def poll_idly(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]
     """Return what ``poll`` finds within ``seconds``, None for ever; see :func:`idly`."""
     return idly(
         lambda left: poll.poll(
-            None if left is None else max(0, min(math.ceil(left * 1000), _MOST_MILLISECONDS))
+            None if left is None else math.ceil(max(0, min(left * 1000, _MOST_MILLISECONDS)))
         ),
         seconds,
     )

@@ -165,6 +165,7 @@ def test_set_and_cleared(event: Event) -> None:
     assert event.is_set()
     assert event.wait()
     assert event.wait(-1)
+    assert event.wait(float("inf"))
     event.clear()
     event.clear()
     assert not event.is_set()
