@@ -172,7 +172,7 @@ class Undertaker:
                 return
             pool.starting += 1
         try:
-            pool.start_one()
+            pool.start_one(again=not expected)
         except BaseException as error:  # noqa: BLE001 -- too many processes, an interpreter that is ending, …
             logger.warning("a worker could not be replaced: %s", error)
             with pool.lock:
@@ -182,8 +182,6 @@ class Undertaker:
                 broken.__cause__ = error
                 self._break(broken)
                 return
-        else:
-            pool.counts["restarts"] += not expected
         with pool.lock:
             pool.fill_all()
 

@@ -385,8 +385,11 @@ class Pool(Leaders):
     def _new_worker(self) -> Worker:
         return new_worker(self.context, self.initializer, self.initargs, self.max_tasks, not self.restart)
 
-    def start_one(self) -> None:
+    def start_one(self, *, again: bool = False) -> None:
         """Start a worker, which ``starting`` counts already.
+
+        Args:
+            again: whether it is one in place of a dead one.
 
         Raises:
             Exception: whatever kept it from starting.
@@ -402,6 +405,7 @@ class Pool(Leaders):
             raise
         with self.lock:
             self.starting -= 1
+            self.counts["restarts"] += again
             self.add_worker(worker, manager)
             if self.broken is not None:
                 worker.kill()

@@ -187,7 +187,7 @@ def _answer(channel: Channel, tag: int, value: list[Any]) -> None:
         return
     except PeerClosedError:
         raise
-    except BaseException as failure:  # noqa: BLE001 -- sys.exit() while a result is pickled, too
+    except BaseException as failure:  # sys.exit() while a result is pickled, too
         if not value:
             raise  # it could be encoded, so it is the channel: the task has closed what was not its own
         if tag < 1 << KIND_BITS:
