@@ -26,6 +26,7 @@ import fdshare
 from fdshare import Channel, ClosedError, PeerClosedError
 from fdshare.aio import AsyncChannel
 from fdshare.aio import Listener as AsyncioListener
+from fdshare.aio.held import Held
 from fdshare.aio.waiting import Turn, Waits
 
 if TYPE_CHECKING:
@@ -157,7 +158,43 @@ def _register() -> None:
     abc.Listener.register(AnyioListener)
 
 
-class AnyioChannel(_Stream):
+class _Anyios(Held):
+    """What a channel and a listener are by the rules of anyio."""
+
+    def _make_waits(self) -> Waits:
+        token = _trio_token()
+        return super()._make_waits() if token is None else _TrioWaits(self.fileno(), token)
+
+    async def aclose(self) -> None:
+        """Close it, also where the task is cancelled; tasks that wait in it get ``anyio.ClosedResourceError``.
+
+        Raises:
+            OSError: as close(2).
+        """
+        self.close()
+        await _lowlevel().checkpoint()
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        """The typed attributes of anyio: none."""
+        return {}
+
+    if not TYPE_CHECKING:
+
+        def extra(self, attribute: Any, default: Any = ...) -> Any:
+            """Return a typed attribute of anyio; there is none.
+
+            Raises:
+                anyio.TypedAttributeLookupError: and no default was given.
+            """
+            if default is not ...:
+                return default
+            import anyio
+
+            raise anyio.TypedAttributeLookupError("Attribute not found")
+
+
+class AnyioChannel(_Anyios, _Stream):
     """One end of a connection for objects, for the tasks of anyio or trio; an ``anyio.abc.ObjectStream``.
 
     As :class:`fdshare.aio.AsyncChannel`, which tells the rest.
@@ -172,10 +209,6 @@ class AnyioChannel(_Stream):
     def __init__(self, channel: Channel | AsyncChannel) -> None:
         _register()
         super().__init__(channel)
-
-    def _make_waits(self) -> Waits:
-        token = _trio_token()
-        return super()._make_waits() if token is None else _TrioWaits(self.fileno(), token)
 
     async def send(self, obj: Any) -> None:
         """Send one object, with every descriptor in it.
@@ -252,50 +285,14 @@ class AnyioChannel(_Stream):
         await _lowlevel().checkpoint()
         self._end_output()
 
-    async def aclose(self) -> None:
-        """Close this end, also where the task is cancelled.
 
-        Raises:
-            OSError: as close(2).
-        """
-        self.close()
-        await _lowlevel().checkpoint()
-
-    @property
-    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """The typed attributes of anyio: none."""
-        return {}
-
-    if not TYPE_CHECKING:
-
-        def extra(self, attribute: Any, default: Any = ...) -> Any:
-            """Return a typed attribute of anyio; there is none.
-
-            Raises:
-                anyio.TypedAttributeLookupError: and no default was given.
-            """
-            return _extra(default)
-
-
-def _extra(default: Any) -> Any:
-    if default is not ...:
-        return default
-    import anyio
-
-    raise anyio.TypedAttributeLookupError("Attribute not found")
-
-
-class AnyioListener(_Listener):
+class AnyioListener(_Anyios, _Listener):
     """Listens at an address, and gives an :class:`AnyioChannel` for each peer that is admitted; an ``anyio.abc.Listener``.
 
     As :class:`fdshare.aio.Listener`, which tells the rest.
     """
 
     _make_channel = AnyioChannel
-
-    def _make_waits(self) -> Waits:
-        token = _trio_token()
-        return super()._make_waits() if token is None else _TrioWaits(self.fileno(), token)
 
     async def accept(self) -> AnyioChannel:
         """Wait for the next peer that is admitted.
@@ -342,30 +339,6 @@ class AnyioListener(_Listener):
                     continue
                 pause = FIRST_PAUSE_SECONDS
                 group.start_soon(handler, channel)
-
-    async def aclose(self) -> None:
-        """Stop listening, also where the task is cancelled.
-
-        Raises:
-            OSError: as close(2).
-        """
-        self.close()
-        await _lowlevel().checkpoint()
-
-    @property
-    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """The typed attributes of anyio: none."""
-        return {}
-
-    if not TYPE_CHECKING:
-
-        def extra(self, attribute: Any, default: Any = ...) -> Any:
-            """Return a typed attribute of anyio; there is none.
-
-            Raises:
-                anyio.TypedAttributeLookupError: and no default was given.
-            """
-            return _extra(default)
 
 
 async def connect(address: Address, **options: Any) -> AnyioChannel:

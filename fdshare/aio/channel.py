@@ -70,7 +70,7 @@ class AsyncChannel(AsyncEnd):
 
     def __init__(self, channel: Channel | AsyncChannel) -> None:
         super().__init__(channel)
-        inner = self._channel
+        inner = self._inner
         self._encode, self._send_bare, self._few = inner._encode, inner._send_bare, inner._few
         self._quiet = (
             False  # whether the last recv found nothing at first; then asking costs less than trying
@@ -193,8 +193,8 @@ class AsyncChannel(AsyncEnd):
                 if not ancillary and data[:1] == _NOTICE_MARK and not other_threads():
                     few = transport.receive_few(now=True)
                     if few is not None:
-                        return self._channel._codec.decode(Incoming(*few))
-        inner = self._channel
+                        return self._inner._codec.decode(Incoming(*few))
+        inner = self._inner
         inner._check(inner._readable, "write-only")
         try:
             packet = transport._receive_now()
@@ -251,8 +251,8 @@ class AsyncChannel(AsyncEnd):
 
     def _end_output(self) -> None:
         """Let the peer find the end of the connection after what was sent."""
-        self._channel._check(self.writable, "read-only")
-        self._channel._writable = False
+        self._inner._check(self.writable, "read-only")
+        self._inner._writable = False
         self._send_bare = self._few = None
         try:
             self._transport.sock.shutdown(socket.SHUT_WR)
@@ -264,7 +264,7 @@ class AsyncChannel(AsyncEnd):
     async def _send_slowly(self, message: bytes | Outgoing, type: int) -> None:
         out = message if isinstance(message, Outgoing) else Outgoing([message])
         try:
-            self._channel._check(self.writable, "read-only")
+            self._inner._check(self.writable, "read-only")
             waits = self._enter()
             turn = waits.sending
             if turn.taken:
@@ -307,7 +307,7 @@ class AsyncChannel(AsyncEnd):
                 await self._with_bundle(waits, header, payload, fds)
             return
         reservation = await self._reserve(waits, header.segment_size)
-        write = partial(self._channel._write_segment, plan)
+        write = partial(self._inner._write_segment, plan)
         header, segment = (
             write() if header.segment_size < THREAD_SIZE else await waits.run(write, _close_segment)
         )

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import warnings
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 from fdshare import endpoint, reducers
 from fdshare.addresses import DEFAULT_BACKLOG, Address
 from fdshare.aio.channel import AsyncChannel
 from fdshare.aio.end import BURST
-from fdshare.aio.waiting import AsyncioWaits, InLoop, Waits, always
+from fdshare.aio.held import Held
+from fdshare.aio.waiting import AsyncioWaits, Waits, always
 from fdshare.codec import Codec
 from fdshare.credentials import Policy, same_user
 from fdshare.errors import ClosedError
-from fdshare.handle import FdHandle, Outside
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from fdshare.handle import FdHandle
 
 __all__ = ["Listener", "connect"]
 
@@ -53,7 +50,7 @@ async def connect(
         pause = min(2 * pause, MAX_CONNECT_TICK_SECONDS)
 
 
-class Listener(InLoop):
+class Listener(Held):
     """Listens at an address, and gives an :class:`AsyncChannel` for each peer that is admitted.
 
     Several tasks may accept at once; they have their turn in order.  Listeners travel in messages, and arrive as such.
@@ -81,14 +78,14 @@ class Listener(InLoop):
     ) -> None:
         super().__init__()
         self._credit = BURST
-        self._listener = (
+        self._inner: endpoint.Listener = (
             address
             if isinstance(address, endpoint.Listener)
             else endpoint.Listener(
                 address, backlog=backlog, allow=allow, codec=codec, mode=mode, transport=transport
             )
         )
-        self._listener._never_block()
+        self._inner._never_block()
 
     def __init_subclass__(cls) -> None:
         reducers.known[cls] = reduce_async_listener
@@ -102,7 +99,7 @@ class Listener(InLoop):
             ClosedError: the listener is closed, also while it waited.
             FdLimitError: no descriptor left; who has connected stays queued.
         """
-        listener, waits = self._listener, self._enter()
+        listener, waits = self._inner, self._enter()
         turn = waits.receiving
         if turn.taken:
             await turn.wait()
@@ -138,76 +135,21 @@ class Listener(InLoop):
             raise StopAsyncIteration from None
 
     def _make_waits(self) -> Waits:
-        return AsyncioWaits(self._listener.fileno(), always)
+        return AsyncioWaits(self._inner.fileno(), always)
 
     @property
     def address(self) -> str:
         """Where it listens, as it was given; an abstract name begins with a zero byte."""
-        return self._listener.address
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed in this process."""
-        return self._listener.closed
-
-    @property
-    def transport(self) -> str:
-        """What its channels use: "seqpacket" or "stream"."""
-        return self._listener.transport
-
-    def fileno(self) -> int:
-        """Borrow the descriptor's number.
-
-        Raises:
-            ClosedError: the listener is closed.
-        """
-        return self._listener.fileno()
-
-    def close(self) -> None:
-        """Stop listening: who waits in ``accept`` gets ClosedError, who is queued is disconnected.  Twice is harmless.
-
-        Raises:
-            OSError: as close(2).
-        """
-        self._leave_loop(self._listener.close)
-
-    async def aclose(self) -> None:
-        """Stop listening, as :meth:`close` does.
-
-        Raises:
-            OSError: as close(2).
-        """
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.aclose()
+        return self._inner.address
 
     def __repr__(self) -> str:
-        return f"<aio.{repr(self._listener)[1:]}"
-
-    def __del__(self) -> None:
-        listener = getattr(self, "_listener", None)  # unset where __init__ raised
-        if listener is not None and not listener.closed:
-            text = f"unclosed {self!r}"
-            try:
-                self.close()
-            finally:
-                warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
-        return Outside.reduce(self)
+        return f"<aio.{repr(self._inner)[1:]}"
 
 
 def reduce_async_listener(listener: Listener, context: reducers.Context) -> reducers.Reduced:
     if context.moving:
         context.consume(listener._leave_loop)
-    return rebuild_async_listener, (type(listener), listener._listener)
+    return rebuild_async_listener, (type(listener), listener._inner)
 
 
 def rebuild_async_listener(cls: type[Listener], listener: endpoint.Listener) -> Listener:
