@@ -8,13 +8,15 @@ import multiprocessing.context
 import operator
 import os
 import resource
+import signal
 import threading
 from typing import ClassVar
 
 import pytest
 
-from fdshare import ProcessPoolExecutor
+from fdshare import FdHandle, ProcessPoolExecutor
 from tests import pool_tasks as tasks
+from tests.helpers import wait_until
 
 TIMEOUT = 30
 
@@ -55,6 +57,25 @@ def test_forking_that_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPa
         assert not executor.stats().workers
         CountedProcess.left = 3
         assert executor.submit(operator.neg, 1).result(TIMEOUT) == -1
+
+
+def test_worker_that_cannot_be_replaced_at_once_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.context.ForkContext()
+    monkeypatch.setattr(context, "Process", CountedProcess)
+    monkeypatch.setattr(CountedProcess, "left", 2)
+    with ProcessPoolExecutor(2, context) as executor:
+        executor.submit(operator.neg, 1).result(TIMEOUT)
+        victim, survivor = executor._processes
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: list(executor._processes) == [survivor])
+        assert executor.submit(tasks.pid).result(TIMEOUT) == survivor
+        CountedProcess.left = 1
+        reader, writer = map(FdHandle, os.pipe())
+        with reader, writer:
+            blocked = executor.submit(tasks.wait_for, reader)
+            assert executor.submit(tasks.pid).result(TIMEOUT) not in (victim, survivor)
+            os.write(writer.fileno(), b"!")
+            blocked.result(TIMEOUT)
 
 
 class WatchedProcess(multiprocessing.context.ForkProcess):

@@ -176,6 +176,7 @@ class Undertaker:
         except BaseException as error:  # noqa: BLE001 -- too many processes, an interpreter that is ending, …
             logger.warning("a worker could not be replaced: %s", error)
             with pool.lock:
+                pool.short = True
                 alone = not pool.workers and not pool.starting
             if alone:
                 broken = BrokenProcessPool(f"no worker is left and none can be started: {error}")

@@ -69,6 +69,7 @@ class Pool(Leaders):
         self.nascent: list[Worker] = []
         self.idle: list[Worker] = []
         self.starting = 0
+        self.short = False  # a dead worker could not be replaced at once: whoever needs one tries again
         self.timed = 0  # tasks at workers that have a time limit
         self.choked = False  # the system refused to carry descriptors: try again soon
         self.outcomes: list[tuple[Task, BaseException]] = []  # tasks to fail once the lock is released
@@ -161,7 +162,7 @@ class Pool(Leaders):
         return best is not None and self._give(best, task)
 
     def _may_start(self) -> bool:
-        return len(self.workers) + self.starting < self.max_workers and not self.forks
+        return len(self.workers) + self.starting < self.max_workers and (self.short or not self.forks)
 
     def _give(self, worker: Worker, task: Task) -> bool:
         """Send a task to a worker; False where that would need waiting.  Lock held."""
