@@ -15,7 +15,8 @@ import anyio.lowlevel
 import pytest
 import trio
 import trio.testing
-from helpers import KINDS, LARGE, compose, running, verify
+from aio_loops import send_all
+from helpers import KINDS, LARGE, running, verify
 
 import fdshare
 from fdshare import Channel, ClosedError, PeerClosedError, move
@@ -49,16 +50,6 @@ def run_in(backend: str, main: Main, *arguments: Any) -> Any:
 def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Run an async function under trio, and on asyncio."""
     return lambda main, *arguments: run_in(request.param, main, *arguments)
-
-
-async def send_all(channel: AnyioChannel, numbers: range, kinds: tuple[str, ...] = KINDS) -> None:
-    for number in numbers:
-        message, handles = compose(number, kinds[number % len(kinds)])
-        try:
-            await channel.send(message)
-        finally:
-            for handle in handles:
-                handle.close()
 
 
 async def receive_all(channel: AnyioChannel, numbers: range) -> None:

@@ -308,7 +308,10 @@ class Door:
         deadline = None if self._patience is None else time.monotonic() + self._patience
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            kind, fields = protocol.receive(channel, "state", "ready", timeout=left)
+            try:
+                kind, fields = protocol.receive(channel, "state", "ready", timeout=left)
+            except TimeoutError:
+                raise TimeoutError(f"it was not ready after {self._patience:g} s") from None
             if kind == "state":
                 self._tell_state(channel, fields.get("name"), fields.get("number"))
                 continue
