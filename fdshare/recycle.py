@@ -42,7 +42,7 @@ from typing import Any, TypeVar
 
 from fdshare.handle import FdHandle, Handles, own
 
-__all__ = ["give_up", "idly", "kept", "leave", "lease", "most_kept", "poll_idly"]
+__all__ = ["give_up", "idly", "kept", "leave", "lease", "most_kept", "poll_idly", "trim_unused"]
 
 _T = TypeVar("_T")
 
@@ -243,6 +243,12 @@ def trim(now: float) -> None:
         kept.pop(0).close()
 
 
+def trim_unused() -> None:
+    """Give up what was not used for a while."""
+    with _lock:
+        trim(time.monotonic())
+
+
 def leave(user: object) -> None:
     """Tell that ``user`` will send no more; without users nothing is kept."""
     if _users and user in _users:
@@ -265,8 +271,7 @@ def idly(wait: Callable[[float | None], _T], seconds: float | None) -> _T:
         found = wait(STEADY_SECONDS)
         if found:
             return found
-        with _lock:
-            trim(time.monotonic())
+        trim_unused()
         seconds = None if seconds is None else seconds - STEADY_SECONDS
     return wait(seconds)
 

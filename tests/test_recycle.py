@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import random
@@ -277,6 +278,28 @@ def _idle(how: str, transport: str) -> None:
 @pytest.mark.parametrize(("transport", "ways"), [("seqpacket", list(WAITS)), ("stream", ["recv", "poll"])])
 def test_unused_is_given_up_while_its_process_waits(transport: str, ways: list[str]) -> None:
     checked_child(_idle_in, ways, transport)
+
+
+def test_unused_is_given_up_while_a_task_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        a, b = fdshare.aio.Pipe()
+        async with a, b:
+            for _ in range(3):
+                await a.send(content(1))
+                await b.recv()
+            assert recycle.kept
+            monkeypatch.setattr(recycle, "STEADY_SECONDS", 0.02)
+            waiting = asyncio.ensure_future(a.recv())
+            while recycle.kept:
+                await asyncio.sleep(0.005)
+            await b.send("work")
+            assert await waiting == "work"
+
+    gc.disable()  # which would give up too
+    try:
+        asyncio.run(asyncio.wait_for(run(), 30))
+    finally:
+        gc.enable()
 
 
 def test_a_wait_that_is_over_before_gives_up_nothing() -> None:

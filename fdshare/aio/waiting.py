@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
+from fdshare import recycle
 from fdshare.transport import CRAMPED_TICK_SECONDS
 
 __all__ = ["AsyncioWaits", "InLoop", "Turn", "Waits", "always"]
@@ -251,6 +252,9 @@ class _Direction:
         if self._unwatch is None:
             self._watch()
         waiter = self._waiter = self._create_future()
+        if recycle.kept and not self._writing:  # as recycle.idly does where a thread waits
+            timer = self._loop.call_later(recycle.STEADY_SECONDS, recycle.trim_unused)
+            waiter.add_done_callback(lambda waiter: timer.cancel())
         return waiter
 
     def _watch(self) -> None:
