@@ -321,7 +321,8 @@ class ChannelConformance:
 
     def test_empty_messages(self, near: Endpoint) -> None:
         """Nothing in it, and yet a message."""
-        for message in (None, b"", "", (), [], {}):
+        empty: list[Any] = [None, b"", "", (), [], {}]
+        for message in empty:
             near.send(("echo", message))
             received = near.recv()
             assert received == message
