@@ -288,21 +288,19 @@ class Semaphore(_Counting):
         Raises:
             ClosedError: this object was closed.
         """
-        try:
-            for _ in self._take:
-                return True  # no call lies between the taking and this: an interrupt would lose the unit
-        except BlockingIOError:
-            pass
-        if not blocking:
-            return False
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self._is_readable(None if deadline is None else deadline - time.monotonic()):
+        deadline = None
+        while True:
             try:
                 for _ in self._take:
-                    return True
+                    return True  # no call lies between the taking and this: an interrupt would lose the unit
             except BlockingIOError:
-                pass  # somebody else was faster
-        return False
+                pass  # none is left, or somebody else was faster
+            if not blocking:
+                return False
+            if timeout is not None and deadline is None:
+                deadline = time.monotonic() + timeout
+            if not self._is_readable(None if deadline is None else deadline - time.monotonic()):
+                return False
 
     def release(self, n: int = 1) -> None:
         """Give back, or add, ``n`` units.
