@@ -16,6 +16,7 @@ from handovers import SOON, port_of
 
 from fdshare.handover import Handover, HandoverRevokedError, loop
 from fdshare.integrations.asyncio_server import Service, linger
+from fdshare.integrations.uvicorn import make_server
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
@@ -291,5 +292,53 @@ def test_a_successor_may_come_at_once(run: Run, control: Path) -> None:
         finally:
             for server in generations:
                 server.handover.close()
+
+    run(main)
+
+
+def test_uvicorn_waits_for_a_tls_handshake(run: Run, control: Path, tmp_path: Path) -> None:
+    uvicorn = pytest.importorskip("uvicorn")
+    _, client_context = tls_contexts(tmp_path)
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"old"})
+
+    async def begin(handover: Handover) -> tuple[Any, asyncio.Task[None], socket.socket]:
+        config = uvicorn.Config(
+            application,
+            ssl_certfile=tmp_path / "certificate.pem",
+            ssl_keyfile=tmp_path / "key.pem",
+            lifespan="off",
+            log_config=None,
+        )
+        sock = handover.listen("http", "127.0.0.1", 0)
+        server = make_server(config, handover, sock)
+        task = asyncio.ensure_future(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.001)
+        return server, task, sock
+
+    async def main() -> None:
+        with contextlib.ExitStack() as stack:
+            old, task, sock = await begin(stack.enter_context(Handover(control, adopt=True)))
+            client = socket.create_connection(sock.getsockname(), SOON)
+            while not old.acceptors.coming:  # it is accepted, and says nothing
+                await asyncio.sleep(0.001)
+            new, new_task, _ = await begin(stack.enter_context(Handover(control, adopt=True)))
+            while not old.acceptors._over:  # it is being shut down
+                await asyncio.sleep(0.001)
+            assert not (await asyncio.wait((task,), timeout=0.05))[0]
+            reader, writer = await asyncio.open_connection(
+                sock=client, ssl=client_context, server_hostname="localhost"
+            )
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = await asyncio.wait_for(reader.read(), SOON)
+            assert b"connection: close" in answer.lower()
+            assert answer.endswith(b"old\r\n0\r\n\r\n")
+            await hang_up(writer)
+            await asyncio.wait_for(task, SOON)
+            new.should_exit = True
+            await asyncio.wait_for(new_task, SOON)
 
     run(main)
