@@ -18,9 +18,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fdshare import packets, recycle, reducers, rights, wire
+from fdshare.closing import Closing
 from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, undecodable
 from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
@@ -28,9 +29,6 @@ from fdshare.handle import FdHandle, Outside, to_socket
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.transport import Packet, other_threads
 from fdshare.transports import SeqpacketTransport, has_read_ahead, socketpair, transport_of
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["Channel", "Pipe"]
 
@@ -42,7 +40,7 @@ _kept = recycle.kept  # while there are some, a wait must not be endless; see re
 _SEND_NOW = rights.SEND_NOW
 
 
-class Channel:
+class Channel(Closing):
     """One end of a connection for objects; a drop-in for ``multiprocessing.connection.Connection``.
 
     Made by :func:`Pipe`, or around a connected AF_UNIX socket, which it takes over.  Usable by several threads at once; one end
@@ -415,14 +413,6 @@ class Channel:
         """
         self._transport.check_open()
         return peer_credentials(self._transport.sock)
-
-    def __enter__(self) -> Channel:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"fd={self._transport.sock.fileno()}"

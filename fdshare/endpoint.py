@@ -24,7 +24,7 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fdshare import reducers, rights, socketfile
 from fdshare.addresses import (
@@ -36,6 +36,7 @@ from fdshare.addresses import (
     listening_socket,
 )
 from fdshare.channel import Channel
+from fdshare.closing import Closing
 from fdshare.codec import Codec
 from fdshare.credentials import Policy, objection, same_user
 from fdshare.errors import AccessDeniedError, ClosedError, FdLimitError
@@ -43,16 +44,13 @@ from fdshare.greeting import PICKLE_ANSWER, Answer, expect_hello, hello_of, refu
 from fdshare.handle import FdHandle, Outside, to_socket
 from fdshare.transport import Transport, other_threads
 
-if TYPE_CHECKING:
-    from types import TracebackType
-
 __all__ = ["Listener", "connect"]
 
 MAX_LATE = 128
 """Connections that ``accept`` looks at after its time is up, where those before them were refused."""
 
 
-class Listener:
+class Listener(Closing):
     """Listens at an address, and gives a :class:`Channel` for each peer that is admitted.
 
     The socket's file appears listening and with its mode, takes the place of a dead listener's, and is removed by ``close``,
@@ -286,14 +284,6 @@ class Listener:
         """Close, and leave the file to who has the listener now."""
         self._identity = None
         self._door.close()
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"fd={self._door.sock.fileno()}"

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
 
+from fdshare.closing import Closing
 from fdshare.errors import ClosedError, DecodeError, NotSendableError
 
 if TYPE_CHECKING:
     import socket
-    from types import TracebackType
 
 __all__ = [
     "KIND_BY_FORMAT",
@@ -205,7 +205,7 @@ def _checked(fd: int) -> int:
 
 
 @attrs.define(eq=False, repr=False, slots=True, on_setattr=attrs.setters.NO_OP)
-class FdHandle:
+class FdHandle(Closing):
     """The sole owner of one descriptor.
 
     ``FdHandle(fd)`` takes the number over: from now on only the handle closes it.  Handles travel in messages (the
@@ -333,14 +333,6 @@ class FdHandle:
             OSError: not a socket (ENOTSOCK); the handle stays usable.
         """
         return to_socket(self)
-
-    def __enter__(self) -> FdHandle:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self._fd < 0:

@@ -19,14 +19,12 @@ import fcntl
 import os
 import signal
 import struct
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from fdshare.closing import Closing
 from fdshare.errors import DecodeError
 from fdshare.handle import kind_of, own
 from fdshare.travelling import Kept, Readable, keep, travels
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["HasPid", "ProcessHandle"]
 
@@ -54,7 +52,7 @@ class HasPid(Protocol):
         ...
 
 
-class ProcessHandle(Readable):
+class ProcessHandle(Readable, Closing):
     """One process, to wait for and to send signals to, from any process that has the handle.
 
     It is readable from the end of the process on: ``fdshare.wait``, selectors and event loops take it.  It borrows: who started
@@ -177,14 +175,6 @@ class ProcessHandle(Readable):
         if self._exitcode is not None:
             return True
         return self._is_readable(timeout)
-
-    def __enter__(self) -> ProcessHandle:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self.closed:

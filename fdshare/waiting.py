@@ -6,15 +6,13 @@ import select
 import selectors
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fdshare import recycle
 from fdshare.channel import Channel
+from fdshare.closing import Closing
 from fdshare.handle import HasFileno, as_fd
 from fdshare.transports import has_read_ahead
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["ChannelSet", "wait"]
 
@@ -64,7 +62,7 @@ def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
             return ready
 
 
-class ChannelSet:
+class ChannelSet(Closing):
     """Many channels, one persistent epoll (kqueue or poll elsewhere): waiting costs what is ready, not what is registered.
 
     Args:
@@ -148,11 +146,3 @@ class ChannelSet:
         """
         self._numbers.clear()
         self._selector.close()
-
-    def __enter__(self) -> ChannelSet:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()

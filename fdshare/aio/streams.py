@@ -13,14 +13,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fdshare import reducers
+from fdshare.closing import Closing
 from fdshare.errors import ClosedError, NotSendableError, PeerClosedError
 from fdshare.handle import FdHandle, Outside, own, to_socket
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["MovedStream", "detach", "detach_transport"]
 
@@ -33,7 +31,7 @@ DEFAULT_LIMIT = 2**16
 """The limit of a StreamReader's buffer, bytes: asyncio's own."""
 
 
-class MovedStream:
+class MovedStream(Closing):
     """A connection on its way from one event loop to another: its socket, and what was read of it and not used.
 
     Sending it gives it away, as ``fdshare.move`` does: it is closed here once the message is with the kernel, and stays as it is
@@ -130,14 +128,6 @@ class MovedStream:
             OSError: as close(2).
         """
         self._sock.close()
-
-    def __enter__(self) -> MovedStream:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<MovedStream {'closed' if self.closed else f'fd={self._sock.fileno()}'} unread={len(self._unread)}>"

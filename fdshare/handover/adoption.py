@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fdshare.channel import Channel
+from fdshare.closing import Closing
 from fdshare.errors import PeerClosedError
 from fdshare.handover import protocol
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["Connections"]
 
 
-class Connections:
+class Connections(Closing):
     """Connections that the predecessor gives away while it drains; iterating yields them until it has ended.
 
     Made by ``Handover.connections``.  ``fileno()`` is readable when ``receive`` has something to do.
@@ -76,11 +74,3 @@ class Connections:
         """
         if self._channel is not None:
             self._channel.close()
-
-    def __enter__(self) -> Connections:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()

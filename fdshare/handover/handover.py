@@ -10,9 +10,10 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fdshare.addresses import Address, listen_fds
+from fdshare.closing import Closing
 from fdshare.credentials import Policy, same_user
 from fdshare.endpoint import Listener
 from fdshare.errors import ClosedError, PeerClosedError
@@ -27,9 +28,6 @@ from fdshare.handover.gated import HandoverSocket
 from fdshare.handover.listeners import Listeners, remove_file
 from fdshare.handover.serving import Serving
 from fdshare.handover.succession import Control, Predecessor, find
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["Handover"]
 
@@ -52,7 +50,7 @@ class _Phase(enum.Enum):
 _MISSING: Any = object()
 
 
-class Handover:
+class Handover(Closing):
     """One generation of a server: takes the sockets over from the one before, and hands them to the next.
 
     Whoever comes first at ``address`` binds its sockets.  A later process connects, receives every listening socket and what
@@ -434,14 +432,6 @@ class Handover:
         self._listeners.close_unwanted()
         if self._control is not None:
             self._control.handle.close()
-
-    def __enter__(self) -> Handover:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return (

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fdshare import reducers
+from fdshare.closing import Closing
 from fdshare.errors import ClosedError, DecodeError
 from fdshare.handle import FdHandle, Outside
 from fdshare.shared import allocation, references
 from fdshare.shared.mapping import Holder, Mapping, is_sealed, mapped
 
-if TYPE_CHECKING:
-    from types import TracebackType
-
 __all__ = ["SharedMemory"]
 
 
-class SharedMemory:
+class SharedMemory(Closing):
     """Memory that every holder sees: what one writes, the others read.
 
     It has no name and no tracker.  It travels in messages, as an argument of processes and pools and in their results, at
@@ -138,14 +136,6 @@ class SharedMemory:
         if self._holder is None:
             raise ClosedError("this SharedMemory was closed")
         return self._holder
-
-    def __enter__(self) -> SharedMemory:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self._holder is None:
