@@ -4,11 +4,15 @@ Every peer runs the same functions of this module on workers forked (loky: start
 measurement.  Tasks: ``map`` with chunksize 1 on two workers, seconds a task.  Latency: one submit and its result.  Arrays: one
 there, or one back.  Socket: one open TCP socket as argument; the standard pools need multiprocessing's reduction, which pickles
 it as a token and connects back.  Start: from the constructor to the first result, and the end of the pool by itself.
+Idle: the processor time that the pool's threads and processes take in a second without tasks.
 """
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -18,7 +22,14 @@ from typing import Any, Protocol
 from benchmarks.measure import measure
 from benchmarks.model import Measurement, Skipped
 
-__all__ = ["run_argument", "run_latency", "run_result", "run_socket", "run_start", "run_tasks"]
+__all__ = ["run_argument", "run_idle", "run_latency", "run_result", "run_socket", "run_start", "run_tasks"]
+
+
+IDLE_SECONDS = 0.1
+"""How long an idle pool is watched at a time."""
+
+LEAST = 1e-9
+"""Seconds that no processor time at all is counted as: a duration of zero is none."""
 
 
 class Pool(Protocol):
@@ -187,3 +198,38 @@ def run_start(peer: str, budget: float, *, workers: int) -> Measurement:
         return took
 
     return Measurement(measure(operate, budget))
+
+
+def run_idle(peer: str, budget: float) -> Measurement:
+    """Measure the processor seconds a second that an idle pool takes: all but the calling thread, which sleeps.
+
+    Raises:
+        Skipped: the system does not tell.
+    """
+    if not os.path.exists("/proc/thread-self/children"):
+        raise Skipped("no /proc that tells of children and their processor time")
+    with pool_of(peer, 2) as pool:
+        for _ in pool.map(same, range(100)):
+            pass
+        time.sleep(IDLE_SECONDS)  # what the last task has left is done
+        seconds = []
+        for _ in range(max(2, round(budget / IDLE_SECONDS))):
+            before, start = _processor_seconds(), perf_counter()
+            time.sleep(IDLE_SECONDS)
+            used = _processor_seconds() - before
+            seconds.append(max(used, LEAST) / (perf_counter() - start))
+        return Measurement(seconds)
+
+
+def _processor_seconds() -> float:
+    """Sum up what every other thread of this process and every descendant has used."""
+    me = threading.get_native_id()
+    used, pids = 0, [os.getpid()]
+    for pid in pids:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as children:
+                pids += map(int, children.read().split())
+            if int(thread) != me:
+                with open(f"/proc/{pid}/task/{thread}/schedstat") as schedstat:
+                    used += int(schedstat.read().split()[0])
+    return used / 1e9
