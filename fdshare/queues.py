@@ -95,6 +95,7 @@ class Queue:
         self._selector: BaseSelector | None = None  # where it takes two descriptors to wait
         self._closed = False  # for putting
         self._ended = False  # for getting: nothing is left
+        self._lent = False  # whether a selector may know the descriptor, which is to tell it of the end
         self._inside: list[None] = []  # one for each thread in a get that others might close it under
         self._maxbytes = maxbytes
         self._outlet = Outlet(outlet)
@@ -319,7 +320,7 @@ class Queue:
             except OSError:
                 pass  # somebody else did
         self._end_putting()
-        if self.empty():
+        if self.empty() and not self._lent:
             self._end_getting()
 
     def drop(self) -> None:
@@ -365,6 +366,7 @@ class Queue:
         """
         if self._ended:
             raise QueueClosedError
+        self._lent = True
         if self._over is None:
             return self._outlet.sock.fileno()
         if self._selector is None:

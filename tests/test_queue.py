@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -410,6 +411,35 @@ def test_closing_tells_who_looks_later(queue: Queue) -> None:
     with pytest.raises(QueueClosedError):
         queue.put(1)
     again.close()
+
+
+def test_closing_tells_an_event_loop_of_this_process(queue: Queue) -> None:
+    async def gather() -> list[Any]:
+        loop = asyncio.get_running_loop()
+        items: list[Any] = []
+        over = loop.create_future()
+
+        def take() -> None:
+            try:
+                while True:
+                    items.append(queue.get(timeout=0))
+            except TimeoutError:
+                pass
+            except QueueClosedError:
+                loop.remove_reader(number)
+                over.set_result(items)
+
+        number = queue.fileno()
+        loop.add_reader(number, take)
+        queue.put(1)
+        while not items:
+            await asyncio.sleep(0)
+        queue.close()  # it is empty
+        return await asyncio.wait_for(over, 20)
+
+    assert asyncio.run(gather()) == [1]
+    with pytest.raises(QueueClosedError):
+        queue.fileno()  # who was told has let go
 
 
 def test_a_closed_queue_holds_no_descriptor(sockets: str) -> None:
