@@ -183,8 +183,8 @@ CASES: tuple[Case, ...] = (
         for workers in (1, 4, 16)
     ),
     Case(
-        "pool-idle", "processor time of an idle pool, a second", "Process pools", pools.run_idle, POOL_PEERS, None,
-        Target("micros", 1),
+        "pool-idle", "processor time of an idle pool, a second", "Process pools", pools.run_idle, POOL_PEERS,
+        STANDARD_POOL, Target("micros", 1),
     ),
     Case(
         "server-rate", "HTTP connection, 4 workers", "Servers", servers.run_rate, SERVER_PEERS, "SO_REUSEPORT",
