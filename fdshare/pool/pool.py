@@ -34,7 +34,7 @@ logger = logging.getLogger("fdshare.pool")
 CHOKED_SECONDS = 1.0
 """How long a task whose descriptors the system refuses to carry is tried again, before that is its error."""
 
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_pools: set[weakref.ref[Pool]] = set()
 
 _relics: list[Any] = []
 """In a worker: the pool that its parent has."""
@@ -81,7 +81,7 @@ class Pool(Leaders):
         """Which thread forks the first workers, what the next one must not keep open, and whose that is."""
         self.manager: Manager | None = None
         self.counts = {"done": 0, "failed": 0, "cancelled": 0, "restarts": 0}
-        _pools.add(self)
+        _pools.add(weakref.ref(self, _pools.discard))
 
     # --- tasks -------------------------------------------------------------------------------------------------------
 
@@ -473,9 +473,12 @@ class Pool(Leaders):
 
 
 def _abandon_all() -> None:
-    for pool in list(_pools):
-        pool.abandon()
+    pools = list(_pools)
     _pools.clear()
+    for reference in pools:
+        pool = reference()
+        if pool is not None:
+            pool.abandon()
 
 
 os.register_at_fork(after_in_child=_abandon_all)

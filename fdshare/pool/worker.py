@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import fcntl
 import os
+import pickle
 import select
 import signal
 import sys
@@ -35,11 +36,13 @@ from fdshare.pool.tasks import (
     RESULT,
 )
 
-__all__ = ["main"]
+__all__ = ["arm", "main"]
 
 LOOK_EVERY = 8
 """After so many tasks a worker that used to wait for each looks whether they come faster now: a wait in vain takes a tenth of
 a small task's time, and so does a look."""
+
+_READY_MESSAGE = parcel.seal(pickle.dumps(None, 5), READY)
 
 _pid = 0
 """The worker's process: what a task forks is not it."""
@@ -74,10 +77,17 @@ def main(
                 _answer(channel, INITIALIZER_FAILED, [(0, error)])
                 return
         try:
-            _answer(channel, READY, [None])
+            parcel.send(channel, _READY_MESSAGE)
             _serve(channel, max_tasks, fragile)
         except PeerClosedError:
             pass
+
+
+def arm(life: FdHandle) -> None:
+    """In the parent: say what the hang-up does to the process that will own this end.  There it would take longer to say so."""
+    if sys.platform == "linux":
+        fcntl.fcntl(life.fileno(), fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life.fileno(), fcntl.F_SETFL, os.O_ASYNC)
 
 
 def _die_with_parent(life: FdHandle) -> None:
@@ -87,9 +97,7 @@ def _die_with_parent(life: FdHandle) -> None:
     """
     fd = life.fileno()
     if sys.platform == "linux":
-        fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+        fcntl.fcntl(fd, fcntl.F_SETOWN, _pid)
     else:
         _thread.start_new_thread(_watch, (fd,))
     poll = select.poll()
@@ -111,7 +119,7 @@ def _serve(channel: Channel, max_tasks: int | None, fragile: bool) -> None:
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     receive = parcel.receive_now
-    queued = True  # whether calls have come faster than they were taken, so that the next one is there without a look
+    queued = False  # whether calls have come faster than they were taken, so that the next one is there without a look
     while max_tasks is None or done < max_tasks:
         try:
             if not queued:

@@ -205,6 +205,7 @@ def new_worker(
         inbox.close()
         raise
     reader, writer = map(FdHandle, ends)
+    process_side.arm(reader)
     process = context.Process(
         target=process_side.main,
         args=(inbox, reader, Portable(initializer) if initializer else None, initargs, max_tasks, fragile),
