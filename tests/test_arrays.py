@@ -246,12 +246,14 @@ def _put(array: Any, again: Any, plain: Any, queue: Any) -> None:
     plain[0] = 7
     queue.put(array[1:])
     queue.get()
+    queue.close()  # with its thread, which the leak check would wait for
+    queue.join_thread()
 
 
 def test_argument_of_a_process_and_stock_queue() -> None:
     """Multiprocessing's own pickler, which would take the values."""
     context = multiprocessing.get_context("spawn")
-    array, plain, queue, back = shared_array((2, 4)), np.zeros(3), context.Queue(), context.Queue()
+    array, plain, queue = shared_array((2, 4)), np.zeros(3), context.Queue()
     first, second = array
     process = context.Process(target=_put, args=(first, second, plain, queue))
     process.start()
@@ -262,10 +264,10 @@ def test_argument_of_a_process_and_stock_queue() -> None:
     assert array[0, 2] == 8
     queue.put(None)
     process.join()
+    assert process.exitcode == 0
     process.close()
-    for q in (queue, back):
-        q.close()
-        q.join_thread()
+    queue.close()
+    queue.join_thread()
 
 
 def test_argument_and_result_of_stock_pools() -> None:
