@@ -49,10 +49,11 @@ class _Greeted(Transport):
         try:
             return self.greeting is None or self.greeting.take(self)
         except OSError:
-            try:  # what said so is off the socket, which is to be readable all the same
-                self.sock.shutdown(socket.SHUT_RD)
-            except OSError:
-                pass  # it has ended
+            if self.greeting is not None and self.greeting.failure is not None:
+                try:  # what said so is off the socket, which is to be readable all the same
+                    self.sock.shutdown(socket.SHUT_RD)
+                except OSError:
+                    pass  # it has ended
             return True
 
     def _has_more(self) -> bool:
