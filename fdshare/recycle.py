@@ -163,7 +163,10 @@ class _Segment:
             view = view[count:]
 
 
-_lock = threading.Lock()
+_lock: Any = threading.RLock()
+"""Of all that follows.  Signal handlers and the garbage collector may run in the middle of a call that has it, and must not
+wait for that call, nor find things half done: see :func:`_is_inside`."""
+
 kept: list[_Segment] = []
 """What is kept now, the longest unused first; always the same list, so that a look costs next to nothing."""
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -184,6 +187,8 @@ def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
         OSError: no space.
     """
     global _last
+    if _is_inside():
+        return None
     now = time.monotonic()
     steady, _last = now - _last < STEADY_SECONDS, now
     with _lock:
@@ -244,18 +249,25 @@ def trim(now: float) -> None:
 
 
 def trim_unused() -> None:
-    """Give up what was not used for a while."""
-    with _lock:
-        trim(time.monotonic())
+    """Give up what was not used for a while; never waits."""
+    if kept and not _is_inside() and _lock.acquire(blocking=False):
+        try:
+            trim(time.monotonic())
+        finally:
+            _lock.release()
+
+
+def _is_inside() -> bool:
+    """Whether this runs in the middle of a call of its own thread here, as in a signal handler."""
+    return bool(_lock._is_owned())
 
 
 def leave(user: object) -> None:
     """Tell that ``user`` will send no more; without users nothing is kept."""
     if _users and user in _users:
-        with _lock:
-            _users.discard(user)
-            if not _users:
-                _clear()
+        _users.discard(user)
+        if not _users:
+            give_up()
 
 
 def idly(wait: Callable[[float | None], _T], seconds: float | None) -> _T:
@@ -288,8 +300,9 @@ def poll_idly(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]
 
 def give_up() -> None:
     """Keep nothing for now."""
-    with _lock:
-        _clear()
+    if not _is_inside():
+        with _lock:
+            _clear()
 
 
 def _clear() -> None:
@@ -298,18 +311,14 @@ def _clear() -> None:
 
 
 def _trim_at_collection(phase: str, info: dict[str, int]) -> None:
-    # A collection may begin anywhere, also in here: never wait.
-    if kept and phase == "stop" and _lock.acquire(blocking=False):
-        try:
-            trim(time.monotonic())
-        finally:
-            _lock.release()
+    if phase == "stop":
+        trim_unused()
 
 
 def _forget_after_fork() -> None:
     """The child shares the parent's descriptions, so it could not tell the parent's lease from its own."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _users.clear()
     _clear()
 

@@ -320,6 +320,22 @@ def test_a_wait_that_is_over_before_gives_up_nothing() -> None:
         assert len(recycle.kept) == 1
 
 
+def test_a_signal_handler_does_not_wait_for_what_it_interrupts(pair: tuple[Channel, Channel]) -> None:
+    a, b = pair
+    for number in range(3):
+        a.send(content(number))
+        assert b.recv() == content(number)
+    kept = list(recycle.kept)
+    with recycle._lock:  # as in the middle of a send
+        a.send(content(4))
+        assert b.recv() == content(4)
+        gc.collect()
+        a.close()
+        assert recycle.kept == kept
+    recycle.give_up()
+    assert not memfds()
+
+
 def test_what_is_kept_is_bounded(pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycle, "most_kept", lambda: 10 * MIB)
     a, b = pair
