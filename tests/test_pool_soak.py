@@ -6,10 +6,12 @@ the end each future has exactly one outcome that fits the log: nothing is lost, 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from concurrent.futures import CancelledError
@@ -107,6 +109,97 @@ def soak(count: int, path: Path, seed: int, kills: float) -> Counter[str]:
     assert (stats.done, stats.cancelled) == (ended["done"], ended["cancelled"])
     assert stats.failed == count - stats.done - stats.cancelled
     return ended
+
+
+def work_in_threads(log: int, number: int, blob: bytes, seconds: float, exits: bool) -> Any:
+    os.write(log, b"%d\n" % number)
+    if seconds:
+        time.sleep(seconds)
+    if exits:
+        os._exit(1)
+    return number, blob
+
+
+def soak_in_threads(seconds: float, path: Path, seed: int) -> Counter[str]:
+    """Have four threads submit, cancel, wait and collect at the bound on large arguments, under kills; return how tasks ended."""
+    outcomes: dict[int, str] = {}
+    numbers = itertools.count()
+    end = time.monotonic() + seconds
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        with ProcessPoolExecutor(3, multiprocessing.get_context("fork"), max_inflight=3 << 20) as executor:
+            executor.submit(tasks.pid).result(60)  # the workers inherit the log
+
+            def collect(number: int, future: Any) -> None:
+                try:
+                    outcome = "done" if future.result(60)[0] == number else "mixed up"
+                except CancelledError:
+                    outcome = "cancelled"
+                except TaskTimeoutError:
+                    outcome = "timed out"
+                except WorkerDiedError:
+                    outcome = "died"
+                outcomes[number] = outcome
+
+            def use(draw: random.Random) -> None:
+                mine: dict[int, Any] = {}
+                while time.monotonic() < end:
+                    number = next(numbers)
+                    view = (
+                        executor.options(timeout=draw.choice([0.005, 5])) if draw.random() < 0.1 else executor
+                    )
+                    blob = bytes(draw.choice([0, 10, 20_000, 100_000, 700_000]))
+                    naps = draw.choice([0, 0, 0, 0, 0.002, 0.01])
+                    mine[number] = view.submit(
+                        work_in_threads, log, number, blob, naps, draw.random() < 0.005
+                    )
+                    chance, some = draw.random(), draw.choice(list(mine))
+                    if chance < 0.15:
+                        mine[some].cancel()
+                    elif chance < 0.3:
+                        collect(some, mine.pop(some))
+                    elif chance < 0.35:
+                        mine[some].add_done_callback(id)
+                    while len(mine) > 50:
+                        collect(*mine.popitem())
+                for item in mine.items():
+                    collect(*item)
+
+            threads = [
+                threading.Thread(target=use, args=(random.Random(seed + number),)) for number in range(4)
+            ]
+            for thread in threads:
+                thread.start()
+            draw = random.Random(seed)
+            while time.monotonic() < end:
+                time.sleep(draw.random() * 0.1)
+                if draw.random() < 0.3 and (processes := list(executor._processes.values())):
+                    draw.choice(processes).kill()
+            for thread in threads:
+                thread.join()
+            stats = executor.stats()
+            assert (executor._pool.load, executor._pool.loads) == (0, 0)
+    finally:
+        os.close(log)
+    runs = Counter(map(int, path.read_text().split()))
+    assert sorted(outcomes) == list(range(next(numbers)))
+    for number, outcome in outcomes.items():
+        assert runs[number] == (outcome == "done") or (runs[number] == 1 and outcome in ("died", "timed out"))
+    ended = Counter(outcomes.values())
+    assert (stats.done - 1, stats.cancelled) == (ended["done"], ended["cancelled"])
+    assert stats.failed == ended["died"] + ended["timed out"]
+    return ended
+
+
+def test_many_threads_for_a_second(tmp_path: Path) -> None:
+    assert soak_in_threads(1.0, tmp_path / "log", seed=3)["done"] > 50
+
+
+@pytest.mark.soak
+def test_many_threads(tmp_path: Path) -> None:
+    ended = soak_in_threads(60.0, tmp_path / "log", seed=5)
+    print(dict(ended))  # noqa: T201 -- for whoever runs it with -s
+    assert all(ended[outcome] for outcome in ("done", "died", "timed out", "cancelled"))
 
 
 def test_2000_tasks(tmp_path: Path) -> None:
