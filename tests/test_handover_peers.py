@@ -189,7 +189,7 @@ def test_a_successor_that_reads_nothing_cannot_serve_later(
         asked = 0
         try:
             while True:
-                protocol.send(bare.channel, "state", name="much", number=0, timeout=1)
+                protocol.send(bare.channel, "state", name="much", number=0, timeout=0.2)
                 asked += 1
         except (TimeoutError, PeerClosedError):
             pass
