@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fdshare import packets, rights, wire
+from fdshare import packets, recycle, rights, wire
 from fdshare.codec import Incoming
 from fdshare.errors import DescriptorsLostError, ProtocolError, QueueClosedError
 from fdshare.handle import HandleList
@@ -72,7 +72,7 @@ class Inlet(Transport):
         tick = None if sum(map(len, pieces)) <= self.capacity // 8 else TICK_SECONDS
         if self._over is not None:
             tick = CLOSED_TICK_SECONDS
-        if tick is None and deadline is None and not fds and not other_threads():
+        if tick is None and deadline is None and not fds and not (other_threads() or recycle.kept):
             # Nobody can close it under us, so the kernel waits, in the one call.
             try:
                 self.sock.send(b"".join(pieces), rights.SEND)
