@@ -290,12 +290,13 @@ def idly(wait: Callable[[float | None], _T], seconds: float | None) -> _T:
 
 def poll_idly(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:
     """Return what ``poll`` finds within ``seconds``, None for ever; see :func:`idly`."""
-    return idly(
-        lambda left: poll.poll(
-            None if left is None else math.ceil(max(0, min(left * 1000, _MOST_MILLISECONDS)))
-        ),
-        seconds,
-    )
+    if kept:
+        return idly(lambda left: poll.poll(_milliseconds(left)), seconds)
+    return poll.poll(_milliseconds(seconds))
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else math.ceil(max(0, min(seconds * 1000, _MOST_MILLISECONDS)))
 
 
 def give_up() -> None:

@@ -6,8 +6,9 @@ function needs besides.  What it is lives in the kernel, so a copy in another pr
 
 from __future__ import annotations
 
-import select
 from collections.abc import Callable, Iterable
+from select import POLLIN as _POLLIN
+from select import poll as _poll
 from typing import Any, ClassVar
 
 from fdshare import recycle, reducers
@@ -88,14 +89,16 @@ class Readable(Travelling):
         Raises:
             ClosedError: this object was closed.
         """
-        self._check_open()
-        return self._handles[0].fileno()
+        fd = self._handles[0]._fd
+        if fd < 0:
+            self._check_open()
+        return fd
 
     def _is_readable(self, timeout: float | None) -> bool:
         """Wait until it is, at most ``timeout`` seconds."""
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        return bool(recycle.poll_idly(poll, timeout))
+        poll = _poll()
+        poll.register(self.fileno(), _POLLIN)
+        return bool(poll.poll(0) if timeout == 0 else recycle.poll_idly(poll, timeout))
 
 
 def reduce_travelling(obj: Travelling, context: reducers.Context) -> reducers.Reduced:
