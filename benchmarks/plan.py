@@ -131,6 +131,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case("lock-4", "Lock, 4 processes want it", "Locks and events", sync.run_contended, ("fdshare", MP), MP),
     Case("event", "Event there, and one back", "Locks and events", sync.run_event, ("fdshare", MP), MP),
+    Case("process", "whether a process runs", "Locks and events", sync.run_alive, ("fdshare", MP), MP),
     *(
         Case(
             f"wait-{count}", f"wait, 1 of {count:,} channels ready", "Waiting", partial(waiting.run_wait, count=count),

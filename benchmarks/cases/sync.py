@@ -1,8 +1,9 @@
-"""Locks, semaphores and events: what nobody waits for, and what others do.
+"""Locks, semaphores, events and processes: what nobody waits for, and what others do.
 
 ``lock``, ``semaphore``: ``with`` around nothing, no other process wants it.
 ``lock-4``: four processes add one to a number in shared memory under the lock, all the time.
 ``event``: set one event, wait for another, which a second process sets when it has seen the first: there and back.
+``process``: whether a child still runs, which multiprocessing asks by waitpid(2), as a child's parent can.
 
 multiprocessing's are POSIX semaphores, taken in C without a system call; they know no holder and stay taken when one dies.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
@@ -19,7 +21,7 @@ from benchmarks.cases.queues import COUNT, child, orders_of
 from benchmarks.measure import measure
 from benchmarks.model import Measurement
 
-__all__ = ["run_contended", "run_event", "run_free"]
+__all__ = ["run_alive", "run_contended", "run_event", "run_free"]
 
 PROCESSES = 4
 
@@ -105,3 +107,36 @@ def run_event(peer: str, budget: float) -> Measurement:
         finally:
             over[0] = 1
             there.set()
+
+
+def run_alive(peer: str, budget: float) -> Measurement:
+    """Measure asking whether a process runs, which does."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=signal.pause)
+    process.start()
+    try:
+        if peer == "fdshare":
+            import fdshare
+
+            handle = fdshare.ProcessHandle(process)
+
+            def operate(n: int) -> float:
+                start = perf_counter()
+                for _ in range(n):
+                    if not handle.alive:
+                        raise RuntimeError("the child has ended")
+                return perf_counter() - start
+        else:
+
+            def operate(n: int) -> float:
+                start = perf_counter()
+                for _ in range(n):
+                    if not process.is_alive():
+                        raise RuntimeError("the child has ended")
+                return perf_counter() - start
+
+        return Measurement(measure(operate, budget))
+    finally:
+        process.kill()
+        process.join()
