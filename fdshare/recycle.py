@@ -249,12 +249,10 @@ def trim(now: float) -> None:
 
 
 def trim_unused() -> None:
-    """Give up what was not used for a while; never waits."""
-    if kept and not _is_inside() and _lock.acquire(blocking=False):
-        try:
+    """Give up what was not used for a while."""
+    if kept and not _is_inside():
+        with _lock:
             trim(time.monotonic())
-        finally:
-            _lock.release()
 
 
 def _is_inside() -> bool:
