@@ -229,6 +229,31 @@ def test_a_tls_handshake_is_waited_for(run: Run, control: Path, tmp_path: Path) 
     run(main)
 
 
+class Greeter(asyncio.Protocol):
+    """One of whose instances nothing can be noted."""
+
+    __slots__ = ()
+
+    def connection_made(self, transport: Any) -> None:
+        transport.write(b"hello")
+        transport.close()
+
+
+def test_a_protocol_with_slots_is_served(run: Run, control: Path) -> None:
+    async def main() -> None:
+        with Handover(control) as handover:
+            acceptor = loop.Acceptor(handover.listen("http", "127.0.0.1", 0), Greeter)
+            handover.ready()
+            await acceptor.start()
+            reader, writer = await connect(acceptor.sock)
+            assert await asyncio.wait_for(reader.read(), SOON) == b"hello"
+            assert not acceptor.coming
+            await hang_up(writer)
+            acceptor.stop()
+
+    run(main)
+
+
 def test_what_is_queued_on_a_dropped_listener_is_accepted(run: Run, control: Path) -> None:
     async def main() -> None:
         with Lines(control, "old") as old:

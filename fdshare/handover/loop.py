@@ -55,14 +55,16 @@ class Acceptor:
 
     def _expect(self) -> asyncio.BaseProtocol:
         protocol = self.factory()
-        self._coming.add(protocol)
 
         def connection_made(transport: asyncio.BaseTransport) -> None:
             del protocol.connection_made
             self._coming.discard(protocol)
             protocol.connection_made(transport)
 
-        protocol.connection_made = connection_made  # type: ignore[method-assign]
+        with contextlib.suppress(AttributeError, TypeError):  # of one with slots nothing can be noted
+            weakref.ref(protocol)
+            protocol.connection_made = connection_made  # type: ignore[method-assign]
+            self._coming.add(protocol)
         return protocol
 
     async def start(self) -> None:
