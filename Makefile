@@ -23,6 +23,8 @@ BIN = $(VENV)/bin
 PY = $(BIN)/python
 # pip compiles what it installs, but not the checkout; and an environment may keep Python from writing byte code by itself.
 COMPILE = @$(PY) -m compileall -q fdshare integrations
+# The tests may: each process compiles them again otherwise, which took 20 s of a run.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(PY) -m pytest
 
 .PHONY: demo test check format bench docs soak clean distclean
 .NOTPARALLEL:
@@ -32,17 +34,17 @@ demo: $(VENV)/.installed-base
 	$(PY) -m fdshare demo
 
 test: $(VENV)/.installed-test
-	$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+	$(PYTEST) $(PYTEST_FLAGS) $(ARGS)
 
 soak: $(VENV)/.installed-test
-	$(PY) -m pytest -m soak --timeout 3600 -o faulthandler_timeout=3500 $(ARGS)
+	$(PYTEST) -m soak --timeout 3600 -o faulthandler_timeout=3500 $(ARGS)
 
 # fdshare/ holds the link to integrations/, so mypy sees both under the names users import.
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(PY) -m mypy fdshare $(wildcard examples/*.py)
-	$(PY) -m pytest -q tests/test_layering.py tests/test_api.py
+	$(PYTEST) -q tests/test_layering.py tests/test_api.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format

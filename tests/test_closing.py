@@ -152,7 +152,7 @@ def test_close_under_a_blocked_call(pair: tuple[Channel, Channel], call: str, th
 @pytest.mark.parametrize("call", ["recv", "send"])
 def test_close_under_a_call_at_any_moment(transport: str, call: str) -> None:
     """Not only when it is blocked already."""
-    for round in range(40):
+    for round in range(20):
         a, b = fdshare.Pipe(transport=transport)
         with a, b:
             if call == "send":
@@ -166,7 +166,7 @@ def test_close_under_a_call_at_any_moment(transport: str, call: str) -> None:
 
             with running(block):
                 begun.wait()
-                for _ in range(round * 25):  # a little later each time
+                for _ in range(round * 50):  # a little later each time
                     pass
                 a.close()
 

@@ -370,7 +370,7 @@ def test_no_signal_meets_the_next_process_of_the_number() -> None:
 
 def test_its_end_is_seen_while_its_parent_waits_for_it() -> None:
     """The status is asked for in the very moment in which somebody takes it: it is known, or None, never wrong."""
-    for _ in range(100):
+    for _ in range(25):
         target = Target(9)
         with ProcessHandle(target.pid) as handle:
             reaper = threading.Thread(target=target.reap)
