@@ -293,7 +293,7 @@ class Child:
         self,
         target: Callable[..., Any],
         *args: Any,
-        method: str = "spawn",
+        method: str = "forkserver",
         unwanted: tuple[Any, ...] = (),
         grace: float | None = None,
     ) -> None:
@@ -362,7 +362,7 @@ class Child:
 def checked_child(
     target: Callable[..., Any],
     *args: Any,
-    method: str = "spawn",
+    method: str = "forkserver",
     timeout: float = 60.0,
     grace: float | None = None,
 ) -> Any:
