@@ -112,6 +112,16 @@ def close_pieces(pieces: list[Piece]) -> None:
             os.close(fd)
 
 
+def limit_for(free: int) -> int:
+    """Return the RLIMIT_NOFILE that leaves room for ``free`` more descriptors, whatever numbers are taken."""
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    limit = 0
+    while free:
+        free -= limit not in taken
+        limit += 1
+    return limit
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     """Look at a condition again and again until it holds; fail after ``seconds``."""
     import time

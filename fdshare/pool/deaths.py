@@ -52,8 +52,9 @@ class Undertaker:
 
     def _choke(self, worker: Worker) -> None:
         """Put aside a worker whose messages bring more descriptors than fit into this process."""
-        self._choked.setdefault(worker, time.monotonic())
-        self._poller.unregister(worker.channel.fileno())
+        if worker not in self._choked:
+            self._choked[worker] = time.monotonic()
+            self._poller.unregister(worker.channel.fileno())
 
     def _bury(self, worker: Worker) -> None:
         """See to what a dead worker has left, and replace it."""

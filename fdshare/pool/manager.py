@@ -354,7 +354,10 @@ class Manager(Undertaker, threading.Thread):
                 self._drop_one(worker)
                 since = now
             del self._choked[worker]
-            self._poller.register(worker.channel.fileno(), (worker, False))
+            with pool.lock:
+                self._poller.register(worker.channel.fileno(), (worker, False))
+                if worker.masked:
+                    self.mask(worker)
             if worker in self._dying:
                 self._bury(worker)
             else:

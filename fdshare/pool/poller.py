@@ -56,13 +56,13 @@ class _EpollPoller:
 
     def register(self, fd: int, data: Any) -> None:
         """Watch a descriptor; ``data`` is what :meth:`poll` returns for it."""
-        self._data[fd] = data
         self._epoll.register(fd, select.EPOLLIN)
+        self._data[fd] = data  # last: another thread masks nothing that is not there
 
     def unregister(self, fd: int) -> None:
         """Stop watching it."""
-        self._epoll.unregister(fd)
         del self._data[fd]
+        self._epoll.unregister(fd)
 
     def mask(self, fd: int) -> bool:
         """Watch a descriptor no more for a while; return whether it was watched."""
