@@ -15,6 +15,8 @@ from fdshare.testing import numbered_handle, pattern, read_number
 
 TRANSPORTS = ("seqpacket", "stream")
 METHODS = ("fork", "forkserver", "spawn")
+QUICK_METHODS = ("fork", "forkserver")
+"""One that inherits everything and one that inherits nothing, for what depends on no more: spawn imports pytest each time."""
 SOCKET_TYPES = {"seqpacket": socket.SOCK_SEQPACKET, "stream": socket.SOCK_STREAM}
 
 

@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 from aio_loops import send_all
-from helpers import KINDS, LARGE, running, verify
+from helpers import KINDS, LARGE, QUICK_METHODS, running, verify
 
 import fdshare
 from fdshare import Channel, ClosedError, PeerClosedError, move
@@ -360,7 +360,7 @@ def _echo(backend: str, channel: AnyioChannel) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_argument_of_a_process(backend: str, method: str) -> None:
     async def main() -> None:
         async with a:
@@ -480,7 +480,7 @@ class TestTrio(ChannelConformance):
 class TestTrioStream(TestTrio):
     """The suite over frames, in processes of its own too."""
 
-    places = ("same_process", "fork", "spawn")
+    places = ("same_process", "fork", "forkserver")
 
     def make_pair(self) -> tuple[Channel, Channel]:
         return fdshare.Pipe(transport="stream")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import bare_pair, capture, close_pieces
+from helpers import QUICK_METHODS, bare_pair, capture, close_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shared import Call, Lent, Own, decode, descriptors, mappings, memory_file
@@ -218,7 +218,7 @@ def _scale(channel: Channel) -> None:
         channel.recv()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", QUICK_METHODS)
 @pytest.mark.parametrize("kind", ["memfd", "file"])
 def test_another_process_writes_into_it(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "file" and method != "fork":

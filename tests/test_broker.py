@@ -78,7 +78,7 @@ def load(data: bytes) -> int:
         return read_number(handle)
 
 
-def in_child(target: Callable[..., Any], *args: Any, method: str = "spawn") -> Any:
+def in_child(target: Callable[..., Any], *args: Any, method: str = "forkserver") -> Any:
     return checked_child(target, *args, method=method, timeout=TIMEOUT)
 
 

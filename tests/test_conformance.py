@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 
 import pytest
-from helpers import KINDS, METHODS, receive_all, running, send_all, verify
+from helpers import KINDS, METHODS, QUICK_METHODS, receive_all, running, send_all, verify
 
 import fdshare
 from fdshare import Channel, PeerClosedError
@@ -24,9 +24,13 @@ from fdshare.testing import (
     room_for,
 )
 
+QUICK_PLACES = ("same_process", *QUICK_METHODS)
+
 
 class TestSeqpacket(ChannelConformance):
     """The suite over packets."""
+
+    places = QUICK_PLACES
 
     def make_pair(self) -> tuple[Channel, Channel]:
         return fdshare.Pipe(transport="seqpacket")
@@ -35,8 +39,24 @@ class TestSeqpacket(ChannelConformance):
 class TestStream(ChannelConformance):
     """The suite over frames."""
 
+    places = QUICK_PLACES
+
     def make_pair(self) -> tuple[Channel, Channel]:
         return fdshare.Pipe(transport="stream")
+
+
+@pytest.mark.soak
+class TestSeqpacketSpawned(TestSeqpacket):
+    """The suite over packets, with processes that start afresh."""
+
+    places = ("spawn",)
+
+
+@pytest.mark.soak
+class TestStreamSpawned(TestStream):
+    """The suite over frames, with processes that start afresh."""
+
+    places = ("spawn",)
 
 
 @pytest.mark.parametrize("kinds", [*[(kind,) for kind in KINDS], KINDS], ids=[*KINDS, "mixed"])
@@ -128,7 +148,7 @@ def _send_some(channel: Channel, numbers: range, kinds: tuple[str, ...]) -> None
         send_all(channel, numbers, kinds)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_processes_receiving_on_one_end(method: str) -> None:
     """Each message goes to exactly one of them, whole, with its descriptors."""
     a, b = fdshare.Pipe(transport="seqpacket")
@@ -147,7 +167,7 @@ def test_processes_receiving_on_one_end(method: str) -> None:
         assert numbers == sorted(numbers)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_processes_sending_on_one_end(method: str) -> None:
     """Packets never mix, and each sender's stay in order."""
     a, b = fdshare.Pipe(transport="seqpacket")

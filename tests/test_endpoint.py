@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import METHODS, SOCKET_TYPES, TRANSPORTS, compose, running, verify, wait_until
+from helpers import METHODS, QUICK_METHODS, SOCKET_TYPES, TRANSPORTS, compose, running, verify, wait_until
 
 from fdshare import (
     Channel,
@@ -487,7 +487,7 @@ def echo(channel: Channel) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_accepted_channel_goes_to_a_worker(path: str, transport: str, method: str) -> None:
     """Before its hello has come, which is the worker's to take."""
     with Listener(path, transport=transport) as listener:

@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 import pytest
-from helpers import LARGE, bare_pair, capture, close_pieces, inject, running
+from helpers import LARGE, QUICK_METHODS, bare_pair, capture, close_pieces, inject, running
 
 import fdshare
 from fdshare import (
@@ -251,7 +251,7 @@ def _die(channel: Channel, count: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_sender_killed_between_messages(transport: str, method: str) -> None:
     a, b = fdshare.Pipe(transport=transport)
     with b, Child(_die, a, 20, method=method, unwanted=(b,)):

@@ -205,7 +205,8 @@ def test_a_successor_that_reads_nothing_cannot_serve_later(
             pass
         assert asked > 1
         wait_until(shut_out, 30)  # others may succeed a moment before this one is shut out
-        assert old._door is not None and old._door.state is door.DoorState.IDLE
+        assert old._door is not None
+        assert old._door.state is door.DoorState.IDLE
         kinds = set()
         with pytest.raises(TimeoutError):  # and no end
             while True:

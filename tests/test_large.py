@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from helpers import (
     LARGE,
+    QUICK_METHODS,
     SOCKET_TYPES,
     bare_pair,
     capture,
@@ -90,7 +91,7 @@ def _overwrite(channel: Channel) -> None:
             channel.send(int(array.sum()))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_a_write_in_another_process_does_not_reach_the_sender(
     pair: tuple[Channel, Channel], method: str
 ) -> None:

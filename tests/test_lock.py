@@ -131,7 +131,7 @@ def test_threads_exclude_each_other(lock: Lock, counter: Counter) -> None:
 
 
 # Each mechanism in forked children, and one in children started otherwise.
-PLACES = [("robust", "fork"), ("robust", "spawn"), ("file", "fork"), ("record", "fork")]
+PLACES = [("robust", "fork"), ("robust", "forkserver"), ("file", "fork"), ("record", "fork")]
 
 
 @pytest.mark.parametrize(("mechanism", "method"), PLACES, indirect=["mechanism"])

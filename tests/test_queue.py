@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import KINDS, METHODS, compose, running, verify, wait_until
+from helpers import KINDS, METHODS, QUICK_METHODS, compose, running, verify, wait_until
 
 import fdshare
 from fdshare import (
@@ -107,7 +107,7 @@ def test_items_without_a_reader_yet(queue: Queue) -> None:
     assert get_all(queue, 16) == list(range(16))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_each_item_goes_to_exactly_one_of_many(method: str) -> None:
     """Producers and consumers in processes, and in threads beside them."""
     queue, found = Queue(), Queue()

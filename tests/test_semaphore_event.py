@@ -34,7 +34,7 @@ def mechanism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 # Each mechanism in forked children, and one in children started otherwise.
-PLACES = [("eventfd", "fork"), ("eventfd", "spawn"), ("pipe", "fork")]
+PLACES = [("eventfd", "fork"), ("eventfd", "forkserver"), ("pipe", "fork")]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import QUICK_METHODS
 from travel import TIMEOUT, refusal, trip
 
 from fdshare import Channel, Pipe, move
@@ -277,7 +278,7 @@ def answer(channel: Channel) -> None:
         sock.sendall(repr((sock.gettimeout(), sock.getsockname() == sock.getpeername())).encode())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_socket_in_another_process(method: str) -> None:
     ours, theirs = socket.socketpair()
     here, there = Pipe()

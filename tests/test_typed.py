@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, Optional, TypeVar, Union
 import attrs
 import msgspec
 import pytest
-from helpers import LARGE, METHODS, TRANSPORTS
+from helpers import LARGE, QUICK_METHODS, TRANSPORTS
 from hypothesis import given
 from hypothesis import strategies as st
 from typed_messages import (
@@ -599,7 +599,7 @@ def _answer(channel: Channel) -> None:
         channel.send(attrs.evolve(message, x=message.x + 1))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK_METHODS)
 def test_other_process(method: str) -> None:
     """Its codec goes with the channel, into a process that is being started."""
     here, there = Pipe(codec=VALUES)
