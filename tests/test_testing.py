@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import METHODS, QUICK_METHODS
 
 import fdshare.testing as testing
 from fdshare.handle import FdHandle
@@ -27,7 +28,6 @@ from fdshare.testing import (
     leak_check,
 )
 
-METHODS = ("fork", "forkserver", "spawn")
 QUICK = 0.05  # seconds of grace where a leak is expected
 
 
@@ -204,7 +204,7 @@ def test_child_returns_a_value(method: str) -> None:
     assert checked_child(_returns, {"a": 1}, method=method) == {"a": 1}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK_METHODS)
 @pytest.mark.parametrize(
     ("target", "what"),
     [
