@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 from itertools import starmap
 from typing import Any, Literal, TypeVar
 
-from fdshare import recycle
+from fdshare import recycle, system
 from fdshare.errors import DecodeError, FdLimitError, NoSpaceError
 from fdshare.handle import FdHandle, format_of, own, unarmed
 
@@ -38,7 +38,7 @@ Form = Literal["sealed", "leased", "copied", "checked", "regular"]
 """What a receiver does with a segment: maps it, maps it where it trusts the sender, copies it; and where it does not trust
 the sender: copies it once it is sealed, or once it is a regular file."""
 
-HAVE_MEMFD = hasattr(os, "memfd_create")
+HAVE_MEMFD = system.HAVE_MEMFD
 """Whether segments are memfds; read at each use, so that tests can switch it off."""
 
 _SEALS: int = (

@@ -87,7 +87,7 @@ _MUTEX_AT = 128
 pthread_mutex_t takes (40 to 64 bytes)."""
 
 _SEALS: int = (
-    fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(os, "memfd_create") else 0
+    fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if memory.HAVE_MEMFD else 0
 )  # typeshed knows them on Linux only
 
 SIGNAL_SECONDS = 0.05

@@ -21,6 +21,7 @@ import signal
 import struct
 from typing import Any, Protocol
 
+from fdshare import system
 from fdshare.closing import Closing
 from fdshare.errors import DecodeError
 from fdshare.handle import kind_of, own
@@ -28,7 +29,7 @@ from fdshare.travelling import Kept, Readable, keep, travels
 
 __all__ = ["HasPid", "ProcessHandle"]
 
-HAVE_PIDFD = hasattr(os, "pidfd_open")
+HAVE_PIDFD = system.HAVE_PIDFD
 """Whether there are pidfds; read at each use, so that tests can switch it off."""
 
 HAVE_EXIT_INFO = True

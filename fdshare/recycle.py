@@ -40,13 +40,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from fdshare import system
 from fdshare.handle import FdHandle, Handles, own
 
 __all__ = ["give_up", "idly", "kept", "leave", "lease", "most_kept", "poll_idly", "trim_unused"]
 
 _T = TypeVar("_T")
 
-ENABLED = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+ENABLED = system.HAVE_MEMFD and os.path.isdir("/proc/self/fd")
 """Whether segments are recycled; read at each use, so that tests can switch it off."""
 
 STEADY_SECONDS = 5.0

@@ -23,6 +23,7 @@ from itertools import repeat, starmap
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+from fdshare import system
 from fdshare.errors import ClosedError
 from fdshare.handle import own, unarmed
 from fdshare.mutex import BUSY, LOST, OWNER_DIED, Mutex, make_mutex, open_mutex
@@ -195,7 +196,7 @@ travels(Lock, rebuild_lock)
 
 # --- what is readable ------------------------------------------------------------------------------------------------------
 
-HAVE_EVENTFD = hasattr(os, "eventfd")
+HAVE_EVENTFD = system.HAVE_EVENTFD
 """Whether there are eventfds, or pipes do their work; read at each use, so that tests can switch it off."""
 
 _LARGEST = 2**64 - 2

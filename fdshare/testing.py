@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
+from fdshare import system
 from fdshare.errors import DecodeError, NotSendableError, PeerClosedError
 from fdshare.handle import FdHandle, move
 from fdshare.leaks import Child, ChildError, LeakCheck, LeakError, check_processes, checked_child, leak_check
@@ -158,7 +159,7 @@ class AsyncEndpoint(Endpoint):
 def numbered_handle(number: int) -> FdHandle:
     """Return a handle to a descriptor from which :func:`read_number` reads ``number`` back, once."""
     content = struct.pack("=Q", number + 1)
-    if hasattr(os, "eventfd"):
+    if system.HAVE_EVENTFD:
         return FdHandle(os.eventfd(number + 1, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
     reader, writer = os.pipe()
     os.write(writer, content)

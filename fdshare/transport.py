@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from itertools import repeat, starmap
 from typing import Any, NamedTuple, Protocol
 
-from fdshare import memory, recycle, rights, wire
+from fdshare import memory, recycle, rights, system, wire
 from fdshare.errors import (
     AccessDeniedError,
     ClosedError,
@@ -101,7 +101,7 @@ class _Waker:
     """Ends the poll of a blocked thread from another one."""
 
     def __init__(self) -> None:
-        if hasattr(os, "eventfd"):
+        if system.HAVE_EVENTFD:
             self.reader = self.writer = own(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         else:
             self.reader, self.writer = map(FdHandle, os.pipe())

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
-from fdshare import recycle
+from fdshare import recycle, system
 from fdshare.transport import CRAMPED_TICK_SECONDS
 
 __all__ = ["AsyncioWaits", "InLoop", "Turn", "Waits", "always"]
@@ -318,7 +318,7 @@ def _sets_nonblocking(loop: asyncio.AbstractEventLoop) -> bool:
         ours, other = socket.socketpair()
         with ours, other:
             loop.add_reader(ours.fileno(), always)
-            found = hasattr(select, "epoll") and not os.get_blocking(ours.fileno())
+            found = system.HAVE_EPOLL and not os.get_blocking(ours.fileno())
             loop.remove_reader(ours.fileno())
         _setting[type(loop)] = found
     return found

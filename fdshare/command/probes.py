@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 
 import fdshare
-from fdshare import memory, wire
+from fdshare import memory, system, wire
 from fdshare.command.probing import Finding, ok, probe, warn
 from fdshare.handle import FdHandle, own
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
@@ -141,7 +141,7 @@ def _() -> Finding:
         there.send(None, timeout=5)
         if channels.select(timeout=5) != [here]:
             raise OSError(errno.EIO, "the wrong channel was ready")
-    name = "epoll" if hasattr(select, "epoll") else "kqueue" if hasattr(select, "kqueue") else "poll"
+    name = "epoll" if system.HAVE_EPOLL else "kqueue" if hasattr(select, "kqueue") else "poll"
     return ok(name, mechanism=name)
 
 

@@ -84,6 +84,6 @@ def run(one: Probe) -> Finding:
     """Look, and take an error for an answer."""
     try:
         return one.look()
-    except (OSError, AttributeError, ImportError, FdShareError) as error:
+    except (OSError, EOFError, AttributeError, ImportError, FdShareError) as error:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Finding(state=MISSING, found=" ".join(text.split()), advice=one.without)

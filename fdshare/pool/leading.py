@@ -29,7 +29,7 @@ from collections import deque
 from concurrent.futures import _base as states
 from typing import TYPE_CHECKING
 
-from fdshare import parcel
+from fdshare import parcel, system
 from fdshare.handle import FdHandle, own
 from fdshare.pool.backlog import Backlog
 from fdshare.pool.tasks import ERROR, KIND_BITS, KIND_MASK, RESULT
@@ -84,7 +84,7 @@ class Seat:
 
 def seat_of(worker: Worker) -> Seat | None:
     """Return a seat for a worker that is ready; None where the system has none to give."""
-    if not hasattr(os, "eventfd"):
+    if not system.HAVE_EVENTFD:
         return None
     try:
         return Seat(worker.channel.fileno())

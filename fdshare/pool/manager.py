@@ -17,7 +17,7 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
-from fdshare import parcel, recycle
+from fdshare import parcel, recycle, system
 from fdshare.errors import DecodeError, FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own
 from fdshare.pool.calls import typed
@@ -383,7 +383,7 @@ class Manager(Undertaker, threading.Thread):
 
 
 def _wakers() -> tuple[FdHandle, FdHandle]:
-    if hasattr(os, "eventfd"):
+    if system.HAVE_EVENTFD:
         reader = own(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         return reader, reader
     ends = os.pipe()

@@ -6,6 +6,8 @@ import select
 import selectors
 from typing import Any
 
+from fdshare import system
+
 __all__ = ["Poller"]
 
 
@@ -90,4 +92,4 @@ class _EpollPoller:
         self._epoll.close()
 
 
-Poller = _EpollPoller if hasattr(select, "epoll") else _SelectorPoller
+Poller = _EpollPoller if system.HAVE_EPOLL else _SelectorPoller

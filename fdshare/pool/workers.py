@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from fdshare import parcel
+from fdshare import parcel, system
 from fdshare.channel import Channel, Pipe
 from fdshare.errors import FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own
@@ -227,7 +227,7 @@ def start_worker(worker: Worker, nascent: list[Worker]) -> None:
     try:
         process.start()
         worker.pid = process.pid
-        if hasattr(os, "pidfd_open"):
+        if system.HAVE_PIDFD:
             worker.death = own(os.pidfd_open, process.pid)
     except BaseException:
         worker.discard()

@@ -1,0 +1,53 @@
+"""What this system gives: each thing is tried once, since a name may be there and the call be refused.
+
+Under one Python an old kernel knows no such call (ENOSYS), and the filter of a sandbox or a container forbids it (EPERM).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import sys
+from collections.abc import Callable
+
+__all__ = ["HAVE_EPOLL", "HAVE_EVENTFD", "HAVE_MEMFD", "HAVE_PIDFD", "HAVE_SEQPACKET"]
+
+_REFUSALS = {errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP}
+"""What says that there is no such thing; others, such as EMFILE, say nothing of the kind."""
+
+
+def is_given(make: Callable[[], int]) -> bool:
+    """Whether the system makes such a descriptor, which is closed at once.
+
+    Args:
+        make: makes one; AttributeError where this Python has no name for the call.
+    """
+    try:
+        os.close(make())
+    except AttributeError:
+        return False
+    except OSError as error:
+        return error.errno not in _REFUSALS
+    return True
+
+
+HAVE_MEMFD = hasattr(fcntl, "F_ADD_SEALS") and is_given(
+    lambda: os.memfd_create("fdshare", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+)
+"""Memory files that can be sealed: Linux, FreeBSD from 13."""
+
+HAVE_EVENTFD = is_given(lambda: os.eventfd(0, os.EFD_CLOEXEC))
+"""Counters with a descriptor: Linux, FreeBSD from 13."""
+
+HAVE_PIDFD = is_given(lambda: os.pidfd_open(os.getpid()))
+"""Processes with a descriptor: Linux from 5.3."""
+
+HAVE_EPOLL = is_given(lambda: os.dup(select.epoll().fileno()))
+"""epoll: Linux."""
+
+HAVE_SEQPACKET = sys.platform == "linux"
+"""Whether sockets keep packets whole.  macOS has none of that kind; those of FreeBSD from 15 are streams with marks, where a
+packet may be sent in part and is joined to the next one unless both are sent with MSG_EOR (uipc_sosend_stream_or_seqpacket in its
+sys/kern/uipc_usrreq.c)."""
