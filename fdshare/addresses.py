@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from itertools import repeat, starmap
 
-from fdshare import socketfile
+from fdshare import socketfile, system
 from fdshare.handle import FdHandle, as_fd, to_socket
 
 __all__ = [
@@ -48,9 +48,9 @@ MAX_LISTEN_FDS = 65536
 _AF_UNIX = int(socket.AF_UNIX)
 _SEQPACKET, _STREAM = int(getattr(socket, "SOCK_SEQPACKET", -1)), int(socket.SOCK_STREAM)
 _TYPES = {
-    "seqpacket": _SEQPACKET,
+    "seqpacket": _SEQPACKET if system.HAVE_SEQPACKET else -1,
     "stream": _STREAM,
-    None: _SEQPACKET if sys.platform.startswith(("linux", "freebsd")) else _STREAM,
+    None: _SEQPACKET if system.HAVE_SEQPACKET else _STREAM,
 }
 _NONBLOCK = int(getattr(socket, "SOCK_NONBLOCK", 0))
 
@@ -92,9 +92,12 @@ def _new_socket(transport: str | None) -> socket.socket:
         OSError: the system has no such sockets, or no descriptor is left.
     """
     try:
-        sock: socket.socket = _Made(_AF_UNIX, _TYPES[transport] | _NONBLOCK)
+        kind = _TYPES[transport]
     except KeyError:
         raise ValueError(f"transport is 'seqpacket', 'stream' or None, not {transport!r}") from None
+    if kind < 0:
+        raise OSError(errno.EPROTONOSUPPORT, "only Linux keeps packets whole (SEQPACKET): use stream")
+    sock: socket.socket = _Made(_AF_UNIX, kind | _NONBLOCK)
     if not _NONBLOCK:
         sock.setblocking(False)
     return sock
@@ -230,6 +233,8 @@ def _explained(error: OSError, address: str, sock: socket.socket) -> OSError:
             )
         else:
             text = "this file is no socket"
+    elif number == errno.ENOTSOCK:  # what BSD says of it
+        text = "this file is no socket"
     elif number == errno.EPROTOTYPE:
         other = "stream" if sock.type == socket.SOCK_SEQPACKET else "seqpacket"
         text = f"the listener uses another type of socket: give connect transport={other!r}, or the listener another one"

@@ -57,6 +57,12 @@ _HAVE_PEERCRED = hasattr(socket, "SO_PEERCRED")
 _SOL_SOCKET, _SO_PEERCRED = int(socket.SOL_SOCKET), int(getattr(socket, "SO_PEERCRED", 0))
 _unpack = struct.Struct("iII").unpack  # struct ucred {pid_t pid; uid_t uid; gid_t gid;}
 
+# struct xucred {u_int version; uid_t uid; short ngroups; gid_t groups[16];} of macOS and FreeBSD (sys/ucred.h), where the first
+# group is the process's own.  FreeBSD's has union {void *unused; pid_t pid;} behind it, filled in since FreeBSD 13.
+_SOL_LOCAL, _LOCAL_PEERCRED, _LOCAL_PEERPID = 0, 1, 2
+_XUCRED = struct.Struct("IIh16I")
+_XUCRED_PID_AT = struct.calcsize("IIh16I0P")
+
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
     """Ask the kernel who is at the other end of a connected AF_UNIX socket.
@@ -67,12 +73,20 @@ def peer_credentials(sock: socket.socket) -> PeerCredentials:
     if _HAVE_PEERCRED:
         pid, uid, gid = _unpack(sock.getsockopt(_SOL_SOCKET, _SO_PEERCRED, 12))
         return PeerCredentials(pid, uid, gid, _peer_groups(sock))
-    # LOCAL_PEERCRED of FreeBSD and macOS: struct xucred {u_int version; uid_t uid; short ngroups; gid_t groups[16]; ...}
-    data = sock.getsockopt(0, 1, 4 + 4 + 4 + 16 * 4 + 8)
-    _, uid, count = struct.unpack_from("IIh", data)
-    gids = struct.unpack_from(f"{min(max(count, 0), 16)}I", data, 12)
-    pid = struct.unpack("i", sock.getsockopt(0, 2, 4))[0] if sys.platform == "darwin" else 0  # LOCAL_PEERPID
-    return PeerCredentials(pid, uid, gids[0] if gids else -1, gids[1:])
+    data = sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED_PID_AT + 8)
+    _, uid, count, *gids = _XUCRED.unpack_from(data)
+    del gids[max(count, 0) :]
+    return PeerCredentials(_bsd_pid(sock, data), uid, gids[0] if gids else -1, tuple(gids[1:]))
+
+
+def _bsd_pid(sock: socket.socket, xucred: bytes) -> int:
+    if sys.platform != "darwin":
+        end = _XUCRED_PID_AT + 4
+        return int.from_bytes(xucred[_XUCRED_PID_AT:end], sys.byteorder) if len(xucred) >= end else 0
+    try:
+        return int.from_bytes(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID, 4), sys.byteorder)
+    except OSError:  # ENOTCONN: it has closed its end, or passed it on and ended
+        return 0
 
 
 def _peer_groups(sock: socket.socket) -> tuple[int, ...] | None:

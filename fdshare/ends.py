@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fdshare import packets, recycle, rights, wire
+from fdshare import packets, recycle, rights, system, wire
 from fdshare.codec import Incoming
 from fdshare.errors import DescriptorsLostError, ProtocolError, QueueClosedError
 from fdshare.handle import HandleList
@@ -27,8 +27,8 @@ from fdshare.transports import socketpair
 
 __all__ = ["Inlet", "Outlet", "make_pair"]
 
-HAVE_SEQPACKET = True
-"""Whether SEQPACKET may be used where it is there; read at each use, so that tests can switch it off."""
+HAVE_SEQPACKET = system.HAVE_SEQPACKET
+"""Whether SEQPACKET is used; read at each use, so that tests can switch it off."""
 
 DGRAM_BUFFER = 128 * 1024
 """Bytes of socket buffer for datagrams: the default of macOS takes 2 KiB."""
@@ -182,13 +182,9 @@ def make_pair(maxbytes: int) -> tuple[socket.socket, socket.socket, Event | None
         OSError: no descriptors left.
     """
     over = None
-    try:
-        if not HAVE_SEQPACKET:
-            raise OSError
+    if HAVE_SEQPACKET:
         outlet, inlet = socketpair("seqpacket")
-    except OSError:
-        if HAVE_SEQPACKET and sys.platform == "linux":
-            raise
+    else:
         outlet, inlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         inlet.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DGRAM_BUFFER)
         outlet.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DGRAM_BUFFER)

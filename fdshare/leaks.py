@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fdshare import recycle
+from fdshare import recycle, rights
 from fdshare.handle import kind_of
 
 if TYPE_CHECKING:
@@ -74,12 +73,10 @@ class _Snapshot:
 
 
 def _open_descriptors() -> list[int]:
-    for folder in ("/proc/self/fd", "/dev/fd"):
-        try:
-            return [int(name) for name in os.listdir(folder)]
-        except OSError:
-            continue
-    return list(range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    try:
+        return rights.open_numbers()
+    except OSError:  # no /proc here, or no descriptor left for a listing
+        return list(range(rights.descriptor_limit()))
 
 
 def _link(fd: int) -> str:

@@ -44,6 +44,10 @@ SCM_PIDFD = 4 if sys.platform == "linux" else -1  # absent from the socket modul
 CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # absent on macOS
 NOW = int(socket.MSG_DONTWAIT)
 PEEK = int(socket.MSG_PEEK)
+PEEK_INSTALLS = sys.platform == "linux"
+"""Whether a peek gives the descriptors too, which tells whether they fit; read at each use, so that tests can switch it off.
+Elsewhere numbers come that are none: zeros on macOS (sopeek_scm_rights in XNU's bsd/kern/uipc_socket.c), halves of the kernel's
+addresses on FreeBSD (uipc_soreceive_stream_or_seqpacket in its sys/kern/uipc_usrreq.c)."""
 SEND = int(getattr(socket, "MSG_NOSIGNAL", 0))
 SEND_NOW = SEND | NOW
 TRUNCATED = int(socket.MSG_TRUNC)
@@ -56,14 +60,53 @@ def descriptor_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def _listing() -> str | None:
+    """Return the directory that lists this process's descriptors; None where there is none."""
+    if sys.platform == "linux":
+        return "/proc/self/fd"
+    # Where fdescfs(5) is not mounted, as is usual on FreeBSD, this is a plain directory of devfs with 0, 1 and 2.  CPython's
+    # _posixsubprocess.c tells the two apart in the same way.
+    if sys.platform == "darwin" or os.stat("/dev/fd").st_dev != os.stat("/dev").st_dev:
+        return "/dev/fd"
+    return None
+
+
+_BATCH = 1024
+"""Descriptors that one poll looks at."""
+
+
+def _batch_open(numbers: range) -> list[int]:
+    probe = select.poll()
+    for number in numbers:
+        probe.register(number, select.POLLIN)  # macOS looks at nothing where nothing is asked for
+    closed = {number for number, found in probe.poll(0) if found & select.POLLNVAL}
+    return [number for number in numbers if number not in closed]
+
+
+def open_numbers() -> list[int]:
+    """Return the numbers of the descriptors that this process has open; one of them may be the listing's own, and closed by now.
+
+    Raises:
+        OSError: no descriptor left for a listing.
+    """
+    directory = _listing()
+    if directory is not None:
+        return [int(name) for name in os.listdir(directory)]
+    limit = descriptor_limit()
+    batches = (range(first, min(first + _BATCH, limit)) for first in range(0, limit, _BATCH))
+    return [number for batch in batches for number in _batch_open(batch)]
+
+
 def open_descriptors() -> int:
     """Return how many descriptors this process has open."""
-    return len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")) - 1
+    return len(open_numbers()) - (_listing() is not None)
 
 
 def has_room_for(count: int) -> bool:
     """Whether ``count`` more descriptors fit under the limit of this process, as far as one can tell without opening them."""
     limit = descriptor_limit()
+    if sys.platform != "linux" and is_top_free(count):
+        return True
     try:  # the size of the table, never less than what is open: one short file instead of a listing
         with open("/proc/self/status", "rb") as status:
             slots = next(int(line[7:]) for line in status if line.startswith(b"FDSize:"))
@@ -96,7 +139,7 @@ def is_top_free(count: int) -> bool:
         numbers = range(limit - count, limit)
         probe = select.poll()
         for number in numbers:
-            probe.register(number, 0)
+            probe.register(number, select.POLLIN)
         found = _probes[limit, count] = probe, [(number, select.POLLNVAL) for number in numbers]
     return found[0].poll(0) == found[1]
 

@@ -425,8 +425,9 @@ class Transport:
             except BlockingIOError:
                 return None
             except OSError as error:
-                if error.errno == errno.ECONNRESET and not reset:
-                    # SEQPACKET tells of it once, before it gives what the peer had sent and closed behind.
+                if error.errno in (errno.ECONNRESET, errno.EMSGSIZE) and not reset:
+                    # SEQPACKET tells of a reset once, before it gives what the peer had sent and closed behind.  BSD says
+                    # EMSGSIZE where descriptors do not fit, drops them (unp_externalize), and keeps the bytes for the next read.
                     return self._fetch(size, True)
                 raise self._receive_error(error) from error
         elif type(self.arrived) is tuple:  # left by an interrupted fast path

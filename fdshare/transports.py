@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import socket
 import struct
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fdshare import recycle, rights, wire
+from fdshare import recycle, rights, system, wire
 from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
@@ -324,6 +325,11 @@ class SeqpacketTransport(_Greeted):
             return self.arrived is not None
 
 
+def _needed(header: wire.Header) -> int:
+    """Return how many descriptors a process has open while it takes a packet, more than before."""
+    return header.carried + header.total * bool(header.flags & wire.BUNDLE)
+
+
 def _has_sure_room(header: wire.Header) -> bool:
     return rights.is_top_free(header.carried) and (
         not header.flags & wire.BUNDLE
@@ -384,10 +390,13 @@ class StreamTransport(_Greeted):
             expected = header is not None and header.carried and self._brought is None
             if header is not None and expected and self.arrived is None and self._passes(header):
                 self._prepare(header)
-                peeked = self._peek(1)
-                if peeked is None:
-                    return None
-                self._check_room(peeked, header)
+                if rights.PEEK_INSTALLS:
+                    peeked = self._peek(1)
+                    if peeked is None:
+                        return None
+                    self._check_room(peeked, header)
+                elif not rights.has_room_for(_needed(header)):
+                    raise rights.limit_error(header.total)
             arrived = self._fetch(self._parser.wanted)
             if arrived is None:
                 return None
@@ -465,7 +474,7 @@ def transport_of(sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) 
     """
     if _family(sock) == _AF_UNIX:
         kind = _kind(sock)
-        if kind == _SOCK_SEQPACKET:
+        if kind == _SOCK_SEQPACKET and system.HAVE_SEQPACKET:
             return SeqpacketTransport(sock, max_inflight)
         if kind == _SOCK_STREAM:
             return StreamTransport(sock, max_inflight)
@@ -482,9 +491,8 @@ def socketpair(transport: str | None) -> tuple[socket.socket, socket.socket]:
     if transport not in (None, "seqpacket", "stream"):
         raise ValueError(f"transport is 'seqpacket', 'stream' or None, not {transport!r}")
     if transport != "stream":
-        try:
+        if system.HAVE_SEQPACKET:
             return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError:
-            if transport or sys.platform == "linux":
-                raise
+        if transport:
+            raise OSError(errno.EPROTONOSUPPORT, "only Linux keeps packets whole (SEQPACKET): use stream")
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -27,6 +27,7 @@ import attrs
 from fdshare.command.sockets import Socket, read_sockets
 from fdshare.credentials import peer_credentials
 from fdshare.handle import KIND_BY_FORMAT, kind_of, kind_of_link, own
+from fdshare.rights import open_numbers
 
 __all__ = ["Descriptor", "Holder", "by_fstat", "by_proc", "by_psutil", "command_of", "read_descriptors"]
 
@@ -73,7 +74,7 @@ def read_descriptors(pid: int) -> list[Descriptor]:
     if os.path.isdir("/proc/self/fd"):
         return by_proc(pid)
     if pid == os.getpid():
-        return by_fstat(int(name) for name in os.listdir("/dev/fd"))
+        return by_fstat(open_numbers())
     return by_psutil(pid)
 
 
