@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fdshare import Channel, FdHandle, wire
+from fdshare import Channel, FdHandle, system, wire
 from fdshare.testing import numbered_handle, pattern, read_number
 
-TRANSPORTS = ("seqpacket", "stream")
+TRANSPORTS = ("seqpacket", "stream") if system.HAVE_SEQPACKET else ("stream",)
 METHODS = ("fork", "forkserver", "spawn")
 QUICK_METHODS = ("fork", "forkserver")
 """One that inherits everything and one that inherits nothing, for what depends on no more: spawn imports pytest each time."""

@@ -25,6 +25,7 @@ from fdshare.command.probing import Finding, ok, probe, warn
 from fdshare.handle import FdHandle, own
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.rights import open_descriptors
+from fdshare.transports import socketpair
 
 __all__ = ["bytes_in_words", "first_line"]
 
@@ -95,7 +96,7 @@ def _() -> Finding:
     "transports", "largest packet", without="without SEQPACKET there are no packets, only frames of any size"
 )
 def _() -> Finding:
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here, there = socketpair("seqpacket")
     with here, there:
         here.setblocking(False)
         there.setblocking(False)
