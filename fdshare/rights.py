@@ -60,10 +60,13 @@ def descriptor_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+_PROC = "/proc/self/fd"
+
+
 def _listing() -> str | None:
     """Return the directory that lists this process's descriptors; None where there is none."""
     if sys.platform == "linux":
-        return "/proc/self/fd"
+        return _PROC if os.path.isdir(_PROC) else None  # not in every chroot
     # Where fdescfs(5) is not mounted, as is usual on FreeBSD, this is a plain directory of devfs with 0, 1 and 2.  CPython's
     # _posixsubprocess.c tells the two apart in the same way.
     if sys.platform == "darwin" or os.stat("/dev/fd").st_dev != os.stat("/dev").st_dev:
@@ -112,8 +115,9 @@ def has_room_for(count: int) -> bool:
             slots = next(int(line[7:]) for line in status if line.startswith(b"FDSize:"))
         if slots + count <= limit:
             return True
-    except (OSError, StopIteration):
-        pass
+    except (OSError, StopIteration):  # in a chroot, most likely
+        if is_top_free(count):
+            return True
     try:
         return open_descriptors() + count <= limit
     except OSError:  # not even one more

@@ -7,11 +7,12 @@ import errno
 import os
 import resource
 import socket
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import LARGE, bare_pair, inject, running, wait_until
+from helpers import LARGE, TRANSPORTS, bare_pair, inject, running, wait_until
 
 import fdshare
 from fdshare import (
@@ -548,3 +549,35 @@ def test_notices_of_what_another_reader_took_cost_no_more_for_being_many() -> No
             assert beside.poll(5)
             b.recv().close()
         assert not b._transport._noticed  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to go where there is no /proc")
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_room_is_seen_without_proc(transport: str) -> None:
+    checked_child(_receive_without_proc, transport)
+
+
+def _receive_without_proc(transport: str) -> None:
+    ours, theirs = fdshare.Pipe(transport=transport)
+    with ours, theirs, numbered_handle(7) as handle, tempfile.TemporaryDirectory() as empty:
+        many = [FdHandle.dup(handle) for _ in range(300)]
+        root = os.open("/", os.O_RDONLY)
+        os.chroot(empty)
+        try:
+            with running(lambda: ours.send(many)):
+                received = theirs.recv(timeout=20)
+            assert len(received) == 300
+            resource.setrlimit(resource.RLIMIT_NOFILE, (received[-1].fileno() + 10,) * 2)
+            with running(lambda: ours.send(many)):
+                with pytest.raises(FdLimitError):
+                    theirs.recv(timeout=20)
+                for one in received:
+                    one.close()
+                received = theirs.recv(timeout=20)
+            assert read_number(received[-1]) == 7
+        finally:
+            os.fchdir(root)
+            os.chroot(".")
+            os.close(root)
+            for one in (*many, *received):
+                one.close()
