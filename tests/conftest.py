@@ -21,6 +21,9 @@ __all__ = ["fdshare_no_leaks"]  # a fixture is found by its name in a conftest
 settings.register_profile("fdshare", deadline=None, database=None, derandomize=True)
 settings.load_profile("fdshare")
 
+# NumPy's threads would spin beside the tests, in each process that imports it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Children of a forkserver find pytest and fdshare imported, 0.1 s of each otherwise; those that are spawned import them.
 multiprocessing.set_forkserver_preload(["fdshare.testing"])
 
@@ -58,12 +61,21 @@ def pair(transport: str) -> Iterator[tuple[Channel, Channel]]:
 
 
 SEGMENTS = ("pipe", "memfd", "lease", "file")
+# Not each kind of segment over each transport: neither knows of the other.
+ROUTES = [*(("seqpacket", name) for name in SEGMENTS), ("stream", "pipe"), ("stream", "memfd")]
 
 
-@pytest.fixture(params=SEGMENTS)
-def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=ROUTES, ids="-".join)
+def route(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A transport and where segments live, for modules whose ``transport`` is that one."""
+    names: tuple[str, str] = request.param
+    return names
+
+
+@pytest.fixture
+def segments(route: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """Where segments live: pipes where they are small enough, or never those, new or used again; or files without either."""
-    name: str = request.param
+    name = route[1]
     monkeypatch.setattr(memory, "HAVE_PIPE_SIZE", name == "pipe")
     monkeypatch.setattr(memory, "HAVE_MEMFD", name != "file")
     monkeypatch.setattr(recycle, "ENABLED", name == "lease")
