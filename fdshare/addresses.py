@@ -20,6 +20,7 @@ from itertools import repeat, starmap
 
 from fdshare import socketfile, system
 from fdshare.handle import FdHandle, as_fd, to_socket
+from fdshare.inflight import widen
 
 __all__ = [
     "Address",
@@ -100,6 +101,7 @@ def _new_socket(transport: str | None) -> socket.socket:
     sock: socket.socket = _Made(_AF_UNIX, kind | _NONBLOCK)
     if not _NONBLOCK:
         sock.setblocking(False)
+    widen(sock)
     return sock
 
 

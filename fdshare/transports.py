@@ -14,7 +14,7 @@ from fdshare import recycle, rights, system, wire
 from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
-from fdshare.inflight import DEFAULT_MAX_INFLIGHT
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT, widen
 from fdshare.rights import Arrived
 from fdshare.transport import Packet, Transport, other_threads
 
@@ -490,9 +490,10 @@ def socketpair(transport: str | None) -> tuple[socket.socket, socket.socket]:
     """
     if transport not in (None, "seqpacket", "stream"):
         raise ValueError(f"transport is 'seqpacket', 'stream' or None, not {transport!r}")
-    if transport != "stream":
-        if system.HAVE_SEQPACKET:
-            return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if transport:
-            raise OSError(errno.EPROTONOSUPPORT, "only Linux keeps packets whole (SEQPACKET): use stream")
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    if transport != "stream" and system.HAVE_SEQPACKET:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if transport == "seqpacket":
+        raise OSError(errno.EPROTONOSUPPORT, "only Linux keeps packets whole (SEQPACKET): use stream")
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    widen(*pair)
+    return pair
