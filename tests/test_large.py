@@ -45,11 +45,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def transport(route: tuple[str, str]) -> str:
-    return route[0]
-
-
-@pytest.fixture
 def pair(transport: str, segments: str) -> Iterator[tuple[Channel, Channel]]:
     a, b = fdshare.Pipe(transport=transport)
     with a, b:

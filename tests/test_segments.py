@@ -30,11 +30,6 @@ from fdshare.testing import checked_child, leak_check, pattern
 MIB = 1 << 20
 
 
-@pytest.fixture
-def transport(route: tuple[str, str]) -> str:
-    return route[0]
-
-
 def a_large_message(transport: str) -> list[Piece]:
     """The pieces of a message with a segment of some 300 KB, as a channel sends them."""
     with bare_pair(transport) as (channel, bare):
