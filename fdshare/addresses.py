@@ -20,7 +20,6 @@ from itertools import repeat, starmap
 
 from fdshare import socketfile, system
 from fdshare.handle import FdHandle, as_fd, to_socket
-from fdshare.inflight import widen
 
 __all__ = [
     "Address",
@@ -101,7 +100,6 @@ def _new_socket(transport: str | None) -> socket.socket:
     sock: socket.socket = _Made(_AF_UNIX, kind | _NONBLOCK)
     if not _NONBLOCK:
         sock.setblocking(False)
-    widen(sock)
     return sock
 
 

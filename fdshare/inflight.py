@@ -24,7 +24,7 @@ from typing import Protocol
 
 from fdshare.errors import ClosedError
 
-__all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation", "unread_bytes", "widen"]
+__all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation", "unread_bytes"]
 
 DEFAULT_MAX_INFLIGHT = 256 * 2**20
 """Bytes of segments that may be sent and not yet taken, from one Channel object."""
@@ -35,27 +35,8 @@ WARN_SECONDS = 5.0
 TICK_SECONDS = 0.001
 """How often a sender looks whether in-flight data was taken: nothing can wake it for that."""
 
-STREAM_BUFFER = 0 if sys.platform == "linux" else 64 * 1024
-"""Bytes of buffer for a stream socket, each way; 0 leaves the system's own.  macOS gives 8 KiB (net.local.stream.sendspace, PIPSIZ
-in XNU's bsd/kern/uipc_usrreq.c), which a few small messages fill, and which cuts a payload of 64 KiB into eight."""
-
 _MANY_FLYING = 32
 """Records of sent segments beyond which those that were taken are dropped at once."""
-
-
-def widen(*socks: _socket.socket) -> None:
-    """Give new stream sockets :data:`STREAM_BUFFER`; before they listen, for those that they accept take theirs from them.
-
-    Raises:
-        nothing: a system that gives less is used as it is.
-    """
-    if STREAM_BUFFER:
-        for sock in socks:
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, option, STREAM_BUFFER)
-                except OSError:
-                    pass
 
 
 class Waits(Protocol):

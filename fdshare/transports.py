@@ -14,7 +14,7 @@ from fdshare import recycle, rights, system, wire
 from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
-from fdshare.inflight import DEFAULT_MAX_INFLIGHT, widen
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.rights import Arrived
 from fdshare.transport import Packet, Transport, other_threads
 
@@ -494,6 +494,4 @@ def socketpair(transport: str | None) -> tuple[socket.socket, socket.socket]:
         return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if transport == "seqpacket":
         raise OSError(errno.EPROTONOSUPPORT, "only Linux keeps packets whole (SEQPACKET): use stream")
-    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    widen(*pair)
-    return pair
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
