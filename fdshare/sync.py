@@ -14,6 +14,7 @@ The eventfds and pipes do not block: they are made here, and nobody else waits i
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import sys
 import threading
@@ -37,6 +38,14 @@ __all__ = ["Event", "Lock", "Semaphore"]
 
 
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _all_locks() -> list[Lock]:
+    while True:
+        try:
+            return list(_locks)
+        except RuntimeError:  # another thread has made one meanwhile
+            pass
 
 
 def _after_fork() -> None:
@@ -125,9 +134,15 @@ class Lock(Travelling):
             raise OSError(code, "a lock that does not work")
         if not blocking or (timeout is not None and timeout <= 0):
             return False
-        if self._owner == me:
+        if self._owner == me or (timeout is None and len(_locks) > 1 and self._is_held_elsewhere(me)):
             raise RuntimeError("this thread holds the lock already, and it is not recursive")
         return True
+
+    def _is_held_elsewhere(self, me: int) -> bool:
+        """Whether this thread is inside by another object of the same lock: there is one for each time that it was received."""
+        mine = os.fstat(self._handles[0].fileno())
+        inside = [lock._handles[0].fileno() for lock in _all_locks() if lock._owner == me]
+        return any(os.path.samestat(mine, os.fstat(fd)) for fd in inside)
 
     def _wait_until(self, me: int, deadline: float | None) -> Iterator[int]:
         at_most = self._mutex.signals if threading.main_thread().ident == me else None
@@ -253,6 +268,7 @@ class Semaphore(_Counting):
 
     Raises:
         ValueError: it is negative, or more than the system counts to (2**64 - 2; what a pipe holds where there is no eventfd).
+        TypeError: it is no whole number.
         OSError: no descriptor left.
     """
 
@@ -263,6 +279,7 @@ class Semaphore(_Counting):
     _give: Iterator[object]
 
     def __init__(self, value: int = 1) -> None:
+        value = operator.index(value)
         if not 0 <= value <= _LARGEST:
             raise ValueError(f"a semaphore of {value} units")
         if HAVE_EVENTFD:

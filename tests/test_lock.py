@@ -153,6 +153,8 @@ def test_two_objects_are_one_lock(lock: Lock) -> None:
     with lock:
         assert not again.acquire(blocking=False)
         assert not again.acquire(timeout=0.01)
+        with pytest.raises(RuntimeError, match="not recursive"):  # it would wait for ever
+            again.acquire()
     assert again.acquire(blocking=False)
     assert not lock.acquire(False)
     again.release()

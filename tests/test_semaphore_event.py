@@ -68,6 +68,8 @@ def test_a_wait_for_a_unit_that_does_not_come() -> None:
 def test_a_semaphore_of_no_possible_value(value: int) -> None:
     with pytest.raises(ValueError, match="units"):
         Semaphore(value)
+    with pytest.raises(TypeError):
+        Semaphore(float(value))  # type: ignore[arg-type]
 
 
 def test_more_units_than_can_be_counted(mechanism: str) -> None:
