@@ -144,6 +144,18 @@ def own(function: Callable[..., int], *arguments: Any) -> FdHandle:
     return handle
 
 
+def own_pipe() -> tuple[FdHandle, FdHandle]:
+    """Make a pipe and own both ends of it, without a gap as in :func:`own`; return the one to read from first.
+
+    Raises:
+        OSError: as pipe(2).
+    """
+    reader, writer = unarmed(), unarmed()
+    for reader._fd, writer._fd in starmap(os.pipe, ((),)):
+        break
+    return reader, writer
+
+
 def hand_over(handle: FdHandle, function: Callable[..., T], *arguments: Any) -> T:
     """Call ``function``, a C function whose result owns the handle's descriptor, and spend the handle with it.
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare import system
 from fdshare.errors import ClosedError
-from fdshare.handle import own, unarmed
+from fdshare.handle import own, own_pipe
 from fdshare.mutex import BUSY, LOST, OWNER_DIED, Mutex, make_mutex, open_mutex
 from fdshare.travelling import Kept, Readable, Travelling, keep, travels
 
@@ -236,9 +236,7 @@ def _raise_closed() -> object:
 
 
 def _make_pipe() -> tuple[Kept, Kept]:
-    reader, writer = unarmed(), unarmed()
-    for reader._fd, writer._fd in starmap(os.pipe, ((),)):
-        break
+    reader, writer = own_pipe()
     os.set_blocking(reader.fileno(), False)
     os.set_blocking(writer.fileno(), False)
     return keep(reader), keep(writer)

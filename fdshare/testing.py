@@ -31,7 +31,7 @@ import pytest
 
 from fdshare import system
 from fdshare.errors import DecodeError, NotSendableError, PeerClosedError
-from fdshare.handle import FdHandle, move
+from fdshare.handle import FdHandle, move, own_pipe
 from fdshare.leaks import Child, ChildError, LeakCheck, LeakError, check_processes, checked_child, leak_check
 
 if TYPE_CHECKING:
@@ -161,10 +161,10 @@ def numbered_handle(number: int) -> FdHandle:
     content = struct.pack("=Q", number + 1)
     if system.HAVE_EVENTFD:
         return FdHandle(os.eventfd(number + 1, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-    reader, writer = os.pipe()
-    os.write(writer, content)
-    os.close(writer)
-    return FdHandle(reader)
+    reader, writer = own_pipe()
+    with writer:
+        os.write(writer.fileno(), content)
+    return reader
 
 
 def read_number(handle: FdHandle) -> int:

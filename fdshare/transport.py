@@ -40,7 +40,7 @@ from fdshare.errors import (
     ProtocolError,
 )
 from fdshare.firstuse import OnFirstUse
-from fdshare.handle import NO_HANDLES, FdHandle, HandleList, own
+from fdshare.handle import NO_HANDLES, FdHandle, HandleList, own, own_pipe
 from fdshare.hello import Greeting, Takes
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT, TICK_SECONDS, InFlight
 from fdshare.rights import Arrived
@@ -104,7 +104,7 @@ class _Waker:
         if system.HAVE_EVENTFD:
             self.reader = self.writer = own(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         else:
-            self.reader, self.writer = map(FdHandle, os.pipe())
+            self.reader, self.writer = own_pipe()
 
     def wake(self) -> None:
         try:

@@ -16,6 +16,9 @@ from fdshare.transports import has_read_ahead
 
 __all__ = ["ChannelSet", "wait"]
 
+_KEEPS_CLOSED = not hasattr(selectors.DefaultSelector, "fileno")
+"""Whether what was closed must be taken out: poll reports it for ever, where epoll and kqueue forget it."""
+
 
 def _is_ready(obj: Any) -> bool:
     """Whether what was found readable has a message, and not a notice alone."""
@@ -125,12 +128,20 @@ class ChannelSet(Closing):
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             found = [key.data for key, _ in recycle.idly(self._selector.select, 0 if in_hand else left)]
+            if _KEEPS_CLOSED:
+                found = self._without_closed(found)
             ready = [channel for channel in found if _is_ready(channel)]
             if in_hand:
                 ready = in_hand + [channel for channel in ready if channel not in in_hand]
             if ready or left == 0:
                 self._touched = ready.copy()
                 return ready
+
+    def _without_closed(self, found: list[HasFileno]) -> list[HasFileno]:
+        for channel in found:
+            if isinstance(channel, Channel) and channel.closed:
+                self.discard(channel)
+        return [channel for channel in found if channel in self._numbers]
 
     def __len__(self) -> int:
         return len(self._numbers)

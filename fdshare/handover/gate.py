@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator
 
 from fdshare.errors import ClosedError
-from fdshare.handle import FdHandle
+from fdshare.handle import own_pipe
 from fdshare.handover.errors import RetiredError
 
 __all__ = ["Gate", "GateState", "Retired"]
@@ -142,8 +142,7 @@ class Signal:
         self._borrowers = 0
         self._open = True
         self.is_set = False
-        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) if hasattr(os, "pipe2") else os.pipe()
-        self._reader, self._writer = FdHandle(reader), FdHandle(writer)
+        self._reader, self._writer = own_pipe()
 
     def set(self) -> None:
         """Set it, once and for all."""

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 
 from fdshare import parcel, recycle, system
 from fdshare.errors import DecodeError, FdLimitError, PeerClosedError
-from fdshare.handle import FdHandle, own
+from fdshare.handle import FdHandle, own, own_pipe
 from fdshare.pool.calls import typed
 from fdshare.pool.deaths import BATCH, Undertaker
 from fdshare.pool.leading import seat_of
 from fdshare.pool.poller import Poller
 from fdshare.pool.pool import CHOKED_SECONDS
+from fdshare.pool.raised import explain
 from fdshare.pool.tasks import (
     ERROR,
     INITIALIZER_FAILED,
@@ -290,7 +291,10 @@ class Manager(Undertaker, threading.Thread):
         try:
             value = parcel.open_message(worker.channel, message)
         except BaseException as error:  # noqa: BLE001 -- sys.exit() while a result is unpickled, too
-            value, kind = typed(error, DecodeError), ERROR
+            value = typed(error, DecodeError)
+            if kind == ERROR:
+                explain(value)
+            kind = ERROR
             if not self.pool.restart and task is not None:
                 self._break_by_answer(task, error)
                 return
@@ -386,7 +390,7 @@ def _wakers() -> tuple[FdHandle, FdHandle]:
     if system.HAVE_EVENTFD:
         reader = own(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         return reader, reader
-    ends = os.pipe()
-    for fd in ends:
-        os.set_blocking(fd, False)
-    return FdHandle(ends[0]), FdHandle(ends[1])
+    ends = own_pipe()
+    for end in ends:
+        os.set_blocking(end.fileno(), False)
+    return ends

@@ -13,7 +13,7 @@ import attrs
 from fdshare import parcel, system
 from fdshare.channel import Channel, Pipe
 from fdshare.errors import FdLimitError, PeerClosedError
-from fdshare.handle import FdHandle, own
+from fdshare.handle import FdHandle, own, own_pipe
 from fdshare.pool import worker as process_side
 from fdshare.pool.leading import Lead, Seat
 from fdshare.pool.tasks import KIND_BITS, STOP, Task
@@ -199,12 +199,11 @@ def new_worker(
         _preload()
     ours, inbox = Pipe()
     try:
-        ends = os.pipe()
+        reader, writer = own_pipe()
     except BaseException:
         ours.close()
         inbox.close()
         raise
-    reader, writer = map(FdHandle, ends)
     process_side.arm(reader)
     process = context.Process(
         target=process_side.main,
