@@ -647,6 +647,23 @@ def test_group_limits_are_read() -> None:
     assert allocation._left_on_machine() > 0
 
 
+def test_what_no_disk_holds_is_refused_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory files and posix_fallocate, as on macOS, room is made by writing zeros."""
+    monkeypatch.setattr(memory, "HAVE_MEMFD", False)
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    with pytest.raises(NoSpaceError, match="bytes on the disk are left") as caught:
+        SharedMemory(1 << 60)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_without_proc_the_whole_machine_is_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(allocation, "open", refuse, raising=False)
+    assert 0 < allocation._left_on_machine() == allocation._whole_machine() < 1 << 60
+
+
 def test_zeros_are_written_where_nothing_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fallocate")
     shared = SharedMemory(3 * MIB + 5)

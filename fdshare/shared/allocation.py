@@ -104,16 +104,31 @@ def _typed(error: Exception, size: int) -> Exception:
 
 
 def _check_room(size: int) -> None:
-    """Refuse what the machine, or this process's control group, cannot have room for.
+    """Refuse what the machine, this process's control group, or the disk cannot have room for.
 
-    Asked for more than there is, Linux gives no error but kills a process.  What is left may be gone a moment later; this
-    is for requests that are wrong by far.
+    Asked for more memory than there is, Linux gives no error but kills a process; and a disk would be filled before it says no.
+    What is left may be gone a moment later; this is for requests that are wrong by far.
     """
-    left = min(_left_on_machine(), _group_limit()) if memory.HAVE_MEMFD else sys.maxsize
+    if memory.HAVE_MEMFD:
+        left, what = min(_left_on_machine(), _group_limit()), "bytes of memory are"
+    else:
+        left, what = _left_on_disk(), "bytes on the disk are"
     if size > left:
         raise NoSpaceError(
-            errno.ENOMEM, f"no room for shared memory of {size} bytes: {left} bytes of memory are left"
+            errno.ENOMEM if memory.HAVE_MEMFD else errno.ENOSPC,
+            f"no room for shared memory of {size} bytes: {left} {what} left",
         )
+
+
+def _left_on_disk() -> int:
+    """Return how much may be written where the files without a name are made."""
+    from tempfile import gettempdir
+
+    try:
+        status = os.statvfs(gettempdir())
+    except OSError:  # making one will say why
+        return sys.maxsize
+    return status.f_bavail * status.f_frsize
 
 
 def _left_on_machine() -> int:
@@ -121,7 +136,15 @@ def _left_on_machine() -> int:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = {name: value.split()[0] for name, _, value in (line.partition(":") for line in file)}
         return 1024 * (int(fields["MemAvailable"]) + int(fields["SwapFree"]))
-    except (OSError, KeyError, ValueError, IndexError):
+    except (OSError, KeyError, ValueError, IndexError):  # no /proc: what there is at all
+        return _whole_machine()
+
+
+@functools.cache
+def _whole_machine() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
         return sys.maxsize
 
 
