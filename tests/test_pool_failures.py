@@ -241,9 +241,10 @@ def test_exception_that_cannot_be_rebuilt_is_its_own_tasks_error(monkeypatch: py
     # A library that Dask loads, perhaps for another test, gives all exceptions a way to be rebuilt.
     monkeypatch.delitem(copyreg.dispatch_table, tasks.UnloadableError, raising=False)
     with pool_of(1) as executor:
-        assert isinstance(
-            executor.submit(tasks.raise_one, tasks.UnloadableError, 1, 2).exception(TIMEOUT), DecodeError
-        )
+        error = executor.submit(tasks.raise_one, tasks.UnloadableError, 1, 2).exception(TIMEOUT)
+        assert isinstance(error, DecodeError)
+        assert "in raise_one" in str(error.__cause__)
+        assert "UnloadableError: 1" in str(error.__cause__)
         assert executor.submit(operator.neg, 1).result(TIMEOUT) == -1
 
 

@@ -307,6 +307,7 @@ class Manager(Undertaker, threading.Thread):
         counts["failed"] += 1
         if not isinstance(value, BaseException):
             value = DecodeError(f"a task's exception arrived as {type(value).__name__}")
+            explain(value)
         task.fail(value)
 
     def _break_by_answer(self, task: Task, error: BaseException) -> None:

@@ -16,7 +16,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import _base
-from concurrent.futures.process import _ExceptionWithTraceback
 from typing import Any
 
 from fdshare import parcel, recycle
@@ -25,6 +24,7 @@ from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, NotSendableError, PeerClosedError
 from fdshare.handle import FdHandle
 from fdshare.pool.calls import FunctionCache, encode_result, typed
+from fdshare.pool.raised import Raised
 from fdshare.pool.tasks import (
     CALL,
     CANNOT_RECEIVE,
@@ -173,15 +173,11 @@ def _perform(
     except BaseException as error:
         if fragile and not loaded:
             raise
-        value, kind = [_with_traceback(error if loaded else typed(error, DecodeError))], ERROR
+        value, kind = [Raised(error if loaded else typed(error, DecodeError))], ERROR
     function = args = kwargs = None
     if os.getpid() != _pid:
         os._exit(0)  # a child that the task forked, and that came back: it is not the worker
     _answer(channel, number << KIND_BITS | kind, value)
-
-
-def _with_traceback(error: BaseException) -> Any:
-    return _ExceptionWithTraceback(error, error.__traceback__)  # type: ignore[arg-type]  # may be None
 
 
 def _answer(channel: Channel, tag: int, value: list[Any]) -> None:
@@ -200,10 +196,10 @@ def _answer(channel: Channel, tag: int, value: list[Any]) -> None:
             raise  # it could be encoded, so it is the channel: the task has closed what was not its own
         if tag < 1 << KIND_BITS:
             value[0] = (0, RuntimeError(f"{value[0][1]!r}, which cannot travel: {failure}"))
-        elif type(value[0]) is _ExceptionWithTraceback:
+        elif type(value[0]) is Raised:
             value[0] = _explained(value[0], failure)
         else:
-            value[0] = _with_traceback(failure)
+            value[0] = Raised(failure)
             tag |= ERROR
     try:
         _send(channel, tag, value)
@@ -213,14 +209,14 @@ def _answer(channel: Channel, tag: int, value: list[Any]) -> None:
         _send(channel, tag, [_explained(value[0], failure)])
 
 
-def _explained(value: Any, failure: BaseException) -> Any:
+def _explained(value: Raised, failure: BaseException) -> Any:
     """Return an exception that can travel, for one that cannot."""
     original: BaseException = value.exc
     try:
         text = f"{type(original).__name__}: {original}"
     except BaseException:  # noqa: BLE001 -- any __str__ may raise anything
         text = type(original).__name__
-    explained = _with_traceback(
+    explained = Raised(
         NotSendableError(
             f"the task raised an exception that cannot travel ({failure}): {text}",
             type_name=f"{type(original).__module__}.{type(original).__qualname__}",
