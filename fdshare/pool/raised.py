@@ -32,14 +32,14 @@ class Raised(_ExceptionWithTraceback):
 
 
 class _Text:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: Any) -> None:
         self.text = text
 
     def __reduce__(self) -> Any:
         return hear_traceback, (self.text,)
 
 
-def hear_traceback(text: str) -> _RemoteTraceback:
+def hear_traceback(text: Any) -> _RemoteTraceback:
     """Return the cause that an exception gets, and remember it for :func:`explain`; never raises."""
     _heard.cause = _RemoteTraceback(text)
     return _heard.cause
