@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fdshare import Channel, FdHandle, system, wire
+from fdshare.rights import open_numbers
 from fdshare.testing import numbered_handle, pattern, read_number
 
 TRANSPORTS = ("seqpacket", "stream") if system.HAVE_SEQPACKET else ("stream",)
@@ -116,7 +117,7 @@ def close_pieces(pieces: list[Piece]) -> None:
 
 def limit_for(free: int) -> int:
     """Return the RLIMIT_NOFILE that leaves room for ``free`` more descriptors, whatever numbers are taken."""
-    taken = set(map(int, os.listdir("/proc/self/fd")))
+    taken = set(open_numbers())
     limit = 0
     while free:
         free -= limit not in taken

@@ -15,6 +15,7 @@ import attrs
 
 import fdshare
 from fdshare import FdHandle
+from fdshare.rights import open_numbers
 
 
 def identity(value: Any) -> Any:
@@ -166,7 +167,7 @@ def fork_and_wait(told: FdHandle, awaited: FdHandle) -> int:
 
 def descriptors() -> int:
     """Count the descriptors that are open in this process."""
-    return len(os.listdir("/proc/self/fd")) - 1
+    return len(open_numbers()) - 1
 
 
 def open_links() -> list[str]:

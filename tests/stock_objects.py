@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fdshare
+from fdshare.rights import open_numbers
 from fdshare.testing import numbered_handle, read_number
 
 
@@ -92,7 +93,7 @@ def offset_of(file: Any) -> int:
 
 
 def descriptors() -> tuple[int, int]:
-    return os.getpid(), len(os.listdir("/proc/self/fd"))
+    return os.getpid(), len(open_numbers())
 
 
 def swap(obj: Any, kind: str) -> Any:

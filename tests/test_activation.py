@@ -15,6 +15,7 @@ import pytest
 from helpers import SOCKET_TYPES, TRANSPORTS
 
 from fdshare import FdHandle, Listener, connect, listen_fds
+from fdshare.rights import open_numbers
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_nothing_was_handed_over(variables: dict[str, str], monkeypatch: pytest.
 def test_bad_activation(count: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     monkeypatch.setenv("LISTEN_FDS", count)
-    before = {fd: os.get_inheritable(fd) for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd)}
+    before = {fd: os.get_inheritable(fd) for fd in open_numbers() if _is_open(fd)}
     with pytest.raises(error):
         listen_fds()
     assert {fd: os.get_inheritable(fd) for fd in before} == before

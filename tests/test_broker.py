@@ -35,6 +35,7 @@ from fdshare import (
     rendezvous,
 )
 from fdshare.handle import Handles
+from fdshare.rights import open_numbers
 from fdshare.testing import checked_child, numbered_handle, read_number
 
 TIMEOUT = 20.0
@@ -345,7 +346,7 @@ def read_and_close(handles: Any) -> list[int]:
 def fetch_without_room(address: str, token: bytes, count: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-    filler = [os.dup(0) for _ in range(64 - len(os.listdir("/proc/self/fd")))]
+    filler = [os.dup(0) for _ in range(64 - len(open_numbers()))]
     with pytest.raises(FdLimitError) as caught:
         handoff.fetch(address, token, count)
     assert caught.value.errno == errno.EMFILE
@@ -365,7 +366,7 @@ def test_broker_at_its_descriptor_limit_serves_later() -> None:
     wait_until(lambda: broker.current()._peers)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_numbers()) + 1, hard))
     filler: list[int] = []
     try:
         try:
@@ -679,12 +680,12 @@ def test_forks_while_other_threads_deposit_leave_no_copy_behind() -> None:
 
 
 def test_pickles_that_are_never_loaded_close_at_shutdown() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_numbers())
     for number in range(50):
         pickled(number)
     assert len(broker.current()) == 50
     broker.shutdown()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_numbers()) == before
 
 
 def test_pickling_that_fails_late_keeps_its_deposit_for_the_lease_alone(clock: Clock) -> None:

@@ -32,6 +32,7 @@ from fdshare import (
     wait,
 )
 from fdshare.greeting import PICKLE_ANSWER, say_hello
+from fdshare.rights import open_numbers
 from fdshare.testing import Child, checked_child, numbered_handle, read_number, room_for
 
 
@@ -311,7 +312,7 @@ def test_no_descriptor_left_for_a_connection(path: str, timeout: float | None) -
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with Listener(path) as listener, connect(path) as client:
         client.send("patient")
-        highest = max(map(int, os.listdir("/proc/self/fd")))
+        highest = max(open_numbers())
         with contextlib.ExitStack() as filler:
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, hard))
             try:

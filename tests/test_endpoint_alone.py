@@ -25,6 +25,7 @@ from fdshare import (
     users,
 )
 from fdshare.greeting import PICKLE_ANSWER
+from fdshare.rights import open_numbers
 from fdshare.testing import checked_child, numbered_handle, read_number
 from fdshare.transport import other_threads
 
@@ -143,7 +144,7 @@ def no_descriptor_left(path: str) -> None:
     with Listener(path) as listener, connect(path) as client:
         client.send("patient")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_numbers()), hard))
         fillers = []
         try:
             while True:

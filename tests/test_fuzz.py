@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fdshare import ClosedError, FdHandle, FdLimitError, FdShareError, PeerClosedError, memory, wire
+from fdshare.rights import open_numbers
 from fdshare.testing import checked_child, numbered_handle, pattern
 
 ROUNDS = 1500
@@ -171,7 +172,7 @@ def bound_memory() -> None:
 
 
 def open_descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
+    return set(open_numbers())
 
 
 def _fuzz(transport: str, seed: int, rounds: int) -> dict[str, int]:

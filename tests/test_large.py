@@ -39,6 +39,7 @@ from fdshare import (
     recycle,
     wire,
 )
+from fdshare.rights import open_numbers
 from fdshare.testing import LeakCheck, checked_child, leak_check, numbered_handle, pattern, read_number
 
 MIB = 1 << 20
@@ -52,7 +53,7 @@ def pair(transport: str, segments: str) -> Iterator[tuple[Channel, Channel]]:
 
 
 def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_numbers())
 
 
 def segment_mappings() -> int:

@@ -25,6 +25,7 @@ from fdshare import (
     ProtocolError,
     wire,
 )
+from fdshare.rights import open_numbers
 from fdshare.testing import Child, checked_child, numbered_handle, pattern, read_number
 
 
@@ -41,7 +42,7 @@ class NoRoom:
         self.before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     def __enter__(self) -> NoRoom:
-        set_limit(max(map(int, os.listdir("/proc/self/fd"))) + 64 + self.free)
+        set_limit(max(open_numbers()) + 64 + self.free)
         try:
             while True:
                 self.fillers.append(os.dup(0))

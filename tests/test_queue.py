@@ -39,6 +39,7 @@ from fdshare import (
     QueueClosedError,
     ends,
 )
+from fdshare.rights import open_numbers
 from fdshare.testing import Child, checked_child, leak_check, numbered_handle, read_number
 from fdshare.transport import other_threads
 
@@ -495,7 +496,7 @@ def _get_at_the_limit(queue: Queue, counts: tuple[int, ...]) -> list[tuple[int, 
     """Take items with so many descriptors where two fit, each followed by a small one."""
     wait_until(lambda: not queue.empty())
     lost = []
-    highest = max(map(int, os.listdir("/proc/self/fd")))
+    highest = max(open_numbers())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fillers = [os.dup(0) for _ in range(20)]
     for filler in fillers[-2:]:

@@ -16,6 +16,7 @@ from helpers import bare_pair, capture, close_pieces, wait_until
 
 import fdshare
 from fdshare import Channel, ChannelSet, DecodeError, Event, Queue, memory, recycle, wire
+from fdshare.rights import open_numbers
 from fdshare.testing import Child, checked_child, pattern
 from fdshare.transport import other_threads
 
@@ -392,7 +393,7 @@ def _send_with_few_descriptors() -> None:
             a.send(numpy.full(SIZE, number, "u1"))
             assert (b.recv() == number).all()
         recycle.give_up()
-        used = len(os.listdir("/proc/self/fd")) - 1
+        used = len(open_numbers()) - 1
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         for spare in (1, 2, 3, 4):
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, limits[1]))

@@ -41,6 +41,7 @@ from fdshare import (
 )
 from fdshare.codec import Incoming, PickleCodec
 from fdshare.handle import Handles
+from fdshare.rights import open_numbers
 from fdshare.shared import allocation, mapping
 from fdshare.shared.memory import rebuild_memory
 from fdshare.shared.references import open_window, rebuild_mapping
@@ -57,7 +58,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_numbers())
 
 
 def mappings() -> int:

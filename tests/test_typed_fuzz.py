@@ -53,6 +53,7 @@ from fdshare import (
     wire,
 )
 from fdshare.codec import Incoming, Outgoing
+from fdshare.rights import open_numbers
 from fdshare.testing import checked_child, numbered_handle
 
 CLASSES = (Everything, Point, Private, Tree, Positive, Empty, Handles, Files, Sockets, Declared)
@@ -308,10 +309,10 @@ def _fuzz(transport: str, seed: int, target: int) -> dict[str, int]:
         except Exception as error:
             raise AssertionError(f"not a typed error: {what}") from error
         if round % 50 == 0:
-            if before is not None and set(os.listdir("/proc/self/fd")) != before:
+            if before is not None and set(open_numbers()) != before:
                 gc.collect()
-                assert set(os.listdir("/proc/self/fd")) == before, what
-            before = set(os.listdir("/proc/self/fd"))
+                assert set(open_numbers()) == before, what
+            before = set(open_numbers())
         if round == 500:
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     under.close()
@@ -372,7 +373,7 @@ def _anything(examples: int) -> int:
     @given(payloads, st.lists(st.sampled_from(sorts), max_size=9))
     def check(payload: bytes, fds: list[int]) -> None:
         nonlocal done
-        before = set(os.listdir("/proc/self/fd"))
+        before = set(open_numbers())
         try:
             message = CODEC.decode(Incoming(payload, [FdHandle.dup(fd) for fd in fds]))  # type: ignore[arg-type]  # a converter
         except DecodeError:
@@ -380,7 +381,7 @@ def _anything(examples: int) -> int:
         else:
             check_valid(message)
             close_all(message)
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert set(open_numbers()) == before
         done += 1
 
     check()

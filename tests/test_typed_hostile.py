@@ -32,6 +32,7 @@ from fdshare import (
     wire,
 )
 from fdshare.codec import Outgoing
+from fdshare.rights import open_numbers
 from fdshare.transport import _SO_PASSRIGHTS
 from fdshare.transports import MAX_NOTICED
 
@@ -198,7 +199,7 @@ def test_flood_never_takes_more_descriptors_than_allowed() -> None:
         for _ in range(3):
             write(bare, GOOD, [0] * 253)
         write(bare, msgspec.msgpack.encode(["Handles", 0, []]), [0])
-        highest = max(map(int, os.listdir("/proc/self/fd")))
+        highest = max(open_numbers())
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 30, limits[1]))
         try:
             for _ in range(3):
