@@ -92,6 +92,19 @@ def test_initializer_gets_what_only_inheritance_carries(make: Factory) -> None:
         assert not lock.acquire(block=False)
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_initializer_gets_what_a_channel_carries(method: str, tmp_path: Path) -> None:
+    context = multiprocessing.get_context(method)
+    (tmp_path / "file").write_text("content")
+    lock = context.Lock()
+    with open(tmp_path / "file") as file:
+        executor = fdshare.ProcessPoolExecutor(1, context, tasks.set_global, ([lock, file],))
+        with executor:
+            assert executor.submit(lambda: tasks.get_global()[1].read()).result(TIMEOUT) == "content"
+            assert executor.submit(lambda: tasks.get_global()[0].acquire()).result(TIMEOUT)
+            assert not lock.acquire(block=False)
+
+
 def test_initializer_may_be_a_lambda_under_spawn() -> None:
     with fdshare.ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), initializer=lambda: tasks.set_global(8)

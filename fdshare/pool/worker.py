@@ -51,8 +51,7 @@ _pid = 0
 def main(
     channel: Channel,
     life: FdHandle,
-    initializer: Callable[..., object] | None,
-    initargs: tuple[Any, ...],
+    initializer: Callable[[], object] | None,
     max_tasks: int | None,
     fragile: bool,
 ) -> None:
@@ -61,7 +60,7 @@ def main(
     Args:
         channel: the worker's end; calls come in, results go out.
         life: a pipe whose other end only the parent has: it hangs up when the parent is gone.
-        initializer, initargs: called before the first task.
+        initializer: called before the first task.
         max_tasks: how many tasks to run before leaving; None for no limit.
         fragile: die of a call that cannot be decoded, as the standard executor's workers do.
     """
@@ -71,7 +70,7 @@ def main(
     with channel:  # the process object has it too, until the interpreter ends
         if initializer is not None:
             try:
-                initializer(*initargs)
+                initializer()
             except BaseException as error:  # noqa: BLE001 -- the standard executor's behaviour
                 _base.LOGGER.critical("Exception in initializer:", exc_info=True)
                 _answer(channel, INITIALIZER_FAILED, [(0, error)])

@@ -207,7 +207,7 @@ def new_worker(
     process_side.arm(reader)
     process = context.Process(
         target=process_side.main,
-        args=(inbox, reader, Portable(initializer) if initializer else None, initargs, max_tasks, fragile),
+        args=(inbox, reader, Setup(initializer, initargs) if initializer else None, max_tasks, fragile),
     )
     return Worker(process, ours, inbox, writer, max_tasks, theirs=reader)
 
@@ -246,26 +246,30 @@ def _preload() -> None:
         server.set_forkserver_preload([*modules, process_side.__name__])
 
 
-class Portable:
-    """An initializer that multiprocessing may pickle: by name where that works, else by value."""
+class Setup:
+    """An initializer and its arguments, for multiprocessing to pickle: in its way, or else as a message is encoded."""
 
-    def __init__(self, function: Callable[..., object]) -> None:
+    def __init__(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         self.function = function
+        self.arguments = arguments
 
-    def __call__(self, *args: Any) -> object:
-        return self.function(*args)
+    def __call__(self) -> object:
+        return self.function(*self.arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
         from multiprocessing.reduction import ForkingPickler
 
+        both = self.function, self.arguments
         try:
-            ForkingPickler.dumps(self.function)
-        except Exception:  # noqa: BLE001 -- pickle raises many; by value it may work, or say why not
-            import cloudpickle
+            # Not pickled twice: what the process is to inherit may be named once.
+            return rebuild_setup, (pickle.loads, bytes(ForkingPickler.dumps(both)))
+        except Exception:  # noqa: BLE001 -- pickle raises many; as a message it may work, or say why not
+            from fdshare.handoff import reduce_outside
 
-            return _load_portable, (cloudpickle.dumps(self.function),)
-        return Portable, (self.function,)
+            function, arguments = reduce_outside(both)
+            return rebuild_setup, (function, *arguments)
 
 
-def _load_portable(code: bytes) -> Portable:
-    return Portable(pickle.loads(code))
+def rebuild_setup(rebuild: Callable[..., Any], *arguments: Any) -> Setup:
+    """Return the setup that was pickled; raises what loading it does."""
+    return Setup(*rebuild(*arguments))
