@@ -150,8 +150,8 @@ def confine() -> None:
     os.chroot(".")  # the empty directory that it was started in
     os.chdir("/")
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setregid(NOBODY, NOBODY)
+    os.setreuid(NOBODY, NOBODY)
 
 
 def work(helper: Channel, paths: list[str]) -> int:

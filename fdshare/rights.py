@@ -108,8 +108,9 @@ def open_descriptors() -> int:
 def has_room_for(count: int) -> bool:
     """Whether ``count`` more descriptors fit under the limit of this process, as far as one can tell without opening them."""
     limit = descriptor_limit()
-    if sys.platform != "linux" and is_top_free(count):
-        return True
+    if sys.platform != "linux" and count <= min(limit, _BATCH) and limit <= _INT_MAX:
+        if not _batch_open(range(limit - count, limit)):
+            return True
     try:  # the size of the table, never less than what is open: one short file instead of a listing
         with open("/proc/self/status", "rb") as status:
             slots = next(int(line[7:]) for line in status if line.startswith(b"FDSize:"))
@@ -283,6 +284,8 @@ def unbundle(bundle: FdHandle, total: int) -> Handles:
                     break
     except OSError as error:
         handles.close()
+        if error.errno == errno.EMSGSIZE:  # of BSD, where a batch does not fit
+            raise lost(total, 0) from error
         raise ProtocolError(f"a bundle of descriptors cannot be read: {error}") from error
     if len(handles) != total:
         handles.close()
@@ -338,8 +341,16 @@ def recv_fds(sock: socket.socket, bufsize: int, maxfds: int) -> tuple[bytes, lis
         MessageTooLargeError: a packet (of SEQPACKET) is longer than ``bufsize``; its descriptors were closed.
         OSError: as recvmsg(2).
     """
-    for arrived in map(Arrived, starmap(sock.recvmsg, ((bufsize, CONTROL_SIZE, CLOEXEC),))):  # noqa: B007 -- see above
-        break
+    try:
+        for arrived in map(Arrived, starmap(sock.recvmsg, ((bufsize, CONTROL_SIZE, CLOEXEC),))):  # noqa: B007 -- see above
+            break
+    except OSError as error:
+        if (
+            error.errno == errno.EMSGSIZE
+        ):  # of BSD, where they do not fit and are gone; the bytes they came with are still there
+            sock.recv(bufsize, NOW)
+            raise lost(1, 0) from error
+        raise
     return arrived[0], take_checked(arrived, bufsize, maxfds)
 
 

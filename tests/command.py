@@ -47,8 +47,8 @@ import fdshare.command.doctor, fdshare.command.exchange, fdshare.command.ls
 fdshare.connect
 from fdshare.cli import main
 os.setgroups([])
-os.setresgid(65534, 65534, 65534)
-os.setresuid(65534, 65534, 65534)
+os.setregid(65534, 65534)
+os.setreuid(65534, 65534)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -394,8 +394,8 @@ def test_broker_at_its_descriptor_limit_serves_later() -> None:
 
 
 def as_nobody(address: str, token: bytes, count: int) -> str:
-    os.setresgid(65534, 65534, 65534)
-    os.setresuid(65534, 65534, 65534)
+    os.setregid(65534, 65534)
+    os.setreuid(65534, 65534)
     try:
         handoff.fetch(address, token, count)
     except AccessDeniedError as error:
@@ -430,7 +430,7 @@ def test_another_user_who_reaches_the_socket_is_denied_by_both_sides(
 
 
 def ask_as_nobody(address: str, token: bytes) -> tuple[bytes, list[Any]]:
-    os.setresuid(65534, 65534, 65534)
+    os.setreuid(65534, 65534)
     with bare_client(address) as sock:
         try:
             sock.sendall(token)

@@ -30,8 +30,8 @@ def public() -> Iterator[str]:
 
 def become_nobody(*extra_groups: int) -> None:
     os.setgroups(extra_groups)
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setregid(NOBODY, NOBODY)
+    os.setreuid(NOBODY, NOBODY)
 
 
 @pytest.fixture(params=["dgram", "stream", "seqpacket"])

@@ -251,8 +251,8 @@ def drop_privileges() -> None:
     if os.geteuid():
         pytest.skip("becoming another user needs root; this user's own limits are the system's")
     user = 50_000 + os.getpid() % 10_000
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
+    os.setregid(user, user)
+    os.setreuid(user, user)
 
 
 def _too_many_in_flight(transport: str) -> None:

@@ -51,8 +51,8 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def become_nobody() -> None:
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setregid(NOBODY, NOBODY)
+    os.setreuid(NOBODY, NOBODY)
 
 
 # mode

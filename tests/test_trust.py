@@ -25,8 +25,8 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes ano
 
 def become(uid: int) -> None:
     os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    os.setregid(uid, uid)
+    os.setreuid(uid, uid)
 
 
 def in_child(function: Callable[[], object], *, uid: int | None = None) -> int:
