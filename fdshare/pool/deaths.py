@@ -11,6 +11,7 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
+from fdshare import system
 from fdshare.errors import FdLimitError, TaskTimeoutError
 from fdshare.pool.errors import WorkerDiedError, manner
 
@@ -32,6 +33,10 @@ says 255 where it does not know."""
 
 BATCH = 64
 """Most messages taken from one worker before the others are looked at."""
+
+DEATH_TICK = None if system.HAVE_PIDFD else 1.0
+"""How often, in seconds, workers are asked for their ends; None where the kernel tells.  Without pidfds the end of a pipe tells,
+which a process that the worker forked may hold open."""
 
 ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending"
 
@@ -55,6 +60,14 @@ class Undertaker:
         if worker not in self._choked:
             self._choked[worker] = time.monotonic()
             self._poller.unregister(worker.channel.fileno())
+
+    def _ended_unseen(self, seen: list[Worker]) -> list[Worker]:
+        """Return the workers that have ended without a word; those of a fork server cannot be asked."""
+        return [
+            worker
+            for worker in tuple(self.pool.workers.values())
+            if worker not in seen and worker not in self._dying and worker.process.exitcode is not None
+        ]
 
     def _bury(self, worker: Worker) -> None:
         """See to what a dead worker has left, and replace it."""

@@ -21,7 +21,7 @@ from fdshare import parcel, recycle, system
 from fdshare.errors import DecodeError, FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own, own_pipe
 from fdshare.pool.calls import typed
-from fdshare.pool.deaths import BATCH, Undertaker
+from fdshare.pool.deaths import BATCH, DEATH_TICK, Undertaker
 from fdshare.pool.leading import seat_of
 from fdshare.pool.poller import Poller
 from fdshare.pool.pool import CHOKED_SECONDS
@@ -172,6 +172,8 @@ class Manager(Undertaker, threading.Thread):
                 dead.append(worker)
             elif worker not in self._choked and not worker.masked:  # masked since it was polled
                 self._take_answers(worker)
+        if DEATH_TICK is not None:
+            dead += self._ended_unseen(dead)
         for worker in dead:
             self._bury(worker)
         now = time.monotonic()
@@ -202,8 +204,9 @@ class Manager(Undertaker, threading.Thread):
         """Seconds until something is due; None while nothing is."""
         pool = self.pool
         if not (pool.timed or pool.choked or self._choked):
-            return None
-        due = [CHOKED_TICK] if pool.choked or self._choked else []
+            return DEATH_TICK
+        due = [] if DEATH_TICK is None else [DEATH_TICK]
+        due += [CHOKED_TICK] if pool.choked or self._choked else []
         if pool.timed:
             now = time.monotonic()
             with pool.lock:
