@@ -72,7 +72,8 @@ def _application_class() -> Any:
             self.systemd = True  # the file of a socket is not gunicorn's to remove
             handover: Handover = self.app.handover
             handover.ready()
-            thread = threading.Thread(target=_end_when_retired, args=(handover,), daemon=True)
+            os.register_at_fork(after_in_child=self.app.sock.close)  # a worker has gunicorn's own
+            thread = threading.Thread(target=_end_when_retired, args=(handover, self.app.sock), daemon=True)
             thread.start()
 
         def reexec(self) -> None:
@@ -109,6 +110,7 @@ def _application_class() -> Any:
     return HandoverApplication
 
 
-def _end_when_retired(handover: Handover) -> None:
+def _end_when_retired(handover: Handover, sock: HandoverSocket) -> None:
     if handover.retired.wait():
+        sock.retire()
         os.kill(os.getpid(), signal.SIGTERM)

@@ -312,6 +312,25 @@ def test_who_waits_in_accept_is_told(path: Path) -> None:
     assert [type(error) for error in told] == [RetiredError, RetiredError]
 
 
+def test_the_address_is_free_when_the_successor_has_gone_before_the_predecessor(path: Path) -> None:
+    """Which may take long to finish what it has."""
+    with reserved_port() as port, Handover(path) as old:
+        old_sock = listen(old, port=port)
+        old.ready()
+        with Handover(path) as new:
+            listen(new, port=port)
+            new.ready()
+            with pytest.raises(RetiredError):
+                old_sock.accept()
+        with Handover(path) as third:
+            sock = listen(third, port=port)
+            third.ready()
+            assert third.generation == 0
+            assert sock.getsockname() == old_sock.getsockname()
+        with pytest.raises(RetiredError):
+            old_sock.accept()
+
+
 def test_who_waits_in_accept_is_told_of_a_close(path: Path) -> None:
     told: list[BaseException] = []
 

@@ -161,6 +161,7 @@ def test_a_connection_that_is_busy_stays_and_is_told(run: Run, control: Path) ->
                 other = await connect(sock)
                 assert await ask(*other, b"quick") == b"new quick\n"
                 assert not old_task.done()
+                assert sock.fileno() == -1  # should the new one die now, a third can listen there
                 go.set()
                 assert await asyncio.wait_for(reader.readline(), SOON) == b"slow last\n"
                 await hang_up(writer)

@@ -6,6 +6,7 @@ Blocking, as Python tells it (``settimeout``), is this object's own business: it
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 from fdshare.errors import ClosedError
 from fdshare.handle import FdHandle, hand_over
+from fdshare.handover.errors import RetiredError
 from fdshare.handover.gate import Gate
 from fdshare.reducers import register
 
@@ -39,7 +41,8 @@ class HandoverSocket(socket.socket):
     _gate: Gate
     _name: str
     _wait: float | None
-    _path: str
+    _address: Any
+    """What the kernel does not tell; empty where it does."""
 
     def getsockname(self) -> Any:
         """Return the address: of an AF_UNIX socket the path where it is, for the kernel remembers where it was made.
@@ -47,7 +50,7 @@ class HandoverSocket(socket.socket):
         Raises:
             OSError: as getsockname(2).
         """
-        return self._path or super().getsockname()
+        return self._address or super().getsockname()
 
     @property
     def name(self) -> str:
@@ -96,12 +99,16 @@ class HandoverSocket(socket.socket):
         """Accept a connection, as ``socket.accept``.
 
         Raises:
-            RetiredError: a successor serves now.
+            RetiredError: a successor serves now; the socket is closed here.
             ClosedError: the handover was closed.
             BlockingIOError, TimeoutError: nothing to accept, or not yet this process's turn.
             OSError: as accept(2).
         """
-        sock, address = self._through(super().accept)
+        try:
+            sock, address = self._through(super().accept)
+        except RetiredError:
+            self.retire()
+            raise
         if _INHERITS_FLAGS and sock.gettimeout() is None:
             sock.setblocking(True)
         return sock, address
@@ -121,6 +128,16 @@ class HandoverSocket(socket.socket):
     def recvfrom_into(self, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         """Receive a datagram into a buffer, as ``socket.recvfrom_into``; raises as :meth:`accept`."""
         return self._through(super().recvfrom_into, *args, **kwargs)
+
+    def retire(self) -> None:
+        """Close it, and remember its address: should the successor die while this process finishes, others can listen there.
+
+        Raises:
+            nothing.
+        """
+        with contextlib.suppress(OSError):  # closed already
+            self._address = self.getsockname()
+            self.close()
 
     def _through(self, operate: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         gate, wait = self._gate, self._wait
@@ -146,8 +163,11 @@ class HandoverSocket(socket.socket):
 
     def _poll(self, deadline: float | None) -> bool:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        fd = self.fileno()
+        if fd < 0:  # another thread has closed it
+            return True
         poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
+        poll.register(fd, select.POLLIN)
         with self._gate.watching() as closing:
             if closing is not None:
                 poll.register(closing, select.POLLIN)
@@ -161,7 +181,7 @@ class HandoverSocket(socket.socket):
         Raises:
             OSError: as dup(2).
         """
-        copy = gated(FdHandle.dup(self), self._gate, self._name, self._path)
+        copy = gated(FdHandle.dup(self), self._gate, self._name, self._address)
         copy._wait = self._wait
         return copy
 
@@ -177,7 +197,7 @@ def gated(handle: FdHandle, gate: Gate, name: str, path: str = "") -> HandoverSo
     """
     sock = HandoverSocket.__new__(HandoverSocket)
     sock._io_refs, sock._closed = 0, False  # type: ignore[attr-defined]  # as its Python __init__ would
-    sock._gate, sock._name, sock._wait, sock._path = gate, name, socket.getdefaulttimeout(), path
+    sock._gate, sock._name, sock._wait, sock._address = gate, name, socket.getdefaulttimeout(), path
     hand_over(handle, socket.SocketType.__init__, sock, -1, -1, -1, handle.fileno())
     try:
         socket.SocketType.settimeout(sock, 0.0)

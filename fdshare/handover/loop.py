@@ -108,13 +108,14 @@ class Acceptor:
             server.close()
 
     async def finish(self) -> None:
-        """After retirement: accept what is queued on a socket that the successor did not keep."""
+        """After retirement: accept what is queued on a socket that the successor did not keep, and close it."""
         if self.sock.fileno() < 0:  # the program has closed it
             return
         self.sock.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
                 await self.take(self.sock.accept()[0], self.factory)
+        self.sock.retire()
 
     async def take(
         self, connection: socket.socket, factory: Callable[[], asyncio.BaseProtocol]
