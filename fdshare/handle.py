@@ -206,14 +206,25 @@ def _no_fileno() -> None:
     return None
 
 
+def received(fd: int) -> FdHandle:
+    """Own a number that the kernel has just given out, so that nothing about it needs a check.
+
+    Nothing is called once the number is stored: an interrupt leaves it owned by the handle or by the caller, never by both.
+    """
+    handle = unarmed()
+    handle._fd = fd
+    return handle
+
+
 def _checked(fd: int) -> int:
-    if type(fd) is int and fd >= 0:
-        return fd
-    if isinstance(fd, int) and type(fd) is not bool:
+    if not isinstance(fd, int) or isinstance(fd, bool):
+        raise TypeError(
+            f"FdHandle takes a descriptor number, not {type(fd).__name__} (FdHandle.dup takes files too)"
+        )
+    if fd < 0:
         raise ValueError(f"invalid descriptor {fd}")
-    raise TypeError(
-        f"FdHandle takes a descriptor number, not {type(fd).__name__} (FdHandle.dup takes files too)"
-    )
+    os.get_inheritable(fd)  # EBADF now, and not when the handle closes what others have opened meanwhile
+    return int(fd)
 
 
 @attrs.define(eq=False, repr=False, slots=True, on_setattr=attrs.setters.NO_OP)
@@ -227,10 +238,11 @@ class FdHandle(Closing):
     Raises:
         TypeError: ``fd`` is not an int.
         ValueError: ``fd`` is negative.
+        OSError: ``fd`` is not open (EBADF).
     """
 
     # Nothing is called between the converter and the end of __init__: an interrupt leaves the descriptor owned either
-    # by the handle or by the caller, never by both (transport.py relies on it).
+    # by the handle or by the caller, never by both.
     _fd: int = attrs.field(converter=_checked, alias="fd")
     _kind: str | None = attrs.field(default=None, init=False)
     _format: int = attrs.field(default=-1, init=False)
@@ -243,7 +255,8 @@ class FdHandle(Closing):
             OSError: not open (EBADF), or the descriptor limit is reached (EMFILE).
             TypeError: ``file_or_fd`` has no descriptor.
         """
-        return own(os.dup, as_fd(file_or_fd))
+        handle = own(os.dup, as_fd(file_or_fd))
+        return handle if cls is FdHandle else cls(handle.detach())
 
     def fileno(self) -> int:
         """Borrow the descriptor: its number, still owned by the handle.

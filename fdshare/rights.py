@@ -20,7 +20,17 @@ from itertools import starmap
 from typing import Any
 
 from fdshare.errors import DescriptorsLostError, FdLimitError, MessageTooLargeError, ProtocolError
-from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, HasFileno, as_fd, own, to_socket
+from fdshare.handle import (
+    NO_HANDLES,
+    FdHandle,
+    HandleList,
+    Handles,
+    HasFileno,
+    as_fd,
+    own,
+    received,
+    to_socket,
+)
 from fdshare.wire import MAX_FDS_PER_PACKET
 
 __all__ = ["Arrived", "recv_fds", "send_fds"]
@@ -188,7 +198,7 @@ class Arrived(Adopted):
         else:
             handles = self.__dict__.setdefault("_handles", Handles())
             # An interrupt inside leaves the list shorter: the rest is still ours.
-            handles.extend(map(FdHandle, numbers_in(self[1])[len(handles) :]))
+            handles.extend(map(received, numbers_in(self[1])[len(handles) :]))
             if len(self[1]) > 1 or self[1][0][:2] != _RIGHTS:
                 _close_pidfds(self[1])
         self.__class__ = Adopted  # type: ignore[assignment]  # and with it goes __del__

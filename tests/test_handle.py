@@ -71,6 +71,22 @@ def test_negative_number_is_refused() -> None:
         FdHandle(-1)
 
 
+def test_a_number_that_is_not_open_is_refused() -> None:
+    """A handle of it would one day close what somebody else has opened under that number."""
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        FdHandle(resource.getrlimit(resource.RLIMIT_NOFILE)[0] + 1)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_a_subclass_duplicates_into_itself(path: Path) -> None:
+    class Log(FdHandle):
+        pass
+
+    with path.open() as file, Log.dup(file) as log:
+        assert type(log) is Log
+        assert same_description(log, file)
+
+
 def test_handle_has_no_other_attributes(path: Path) -> None:
     with open_handle(path) as handle:
         with pytest.raises(AttributeError):
@@ -469,10 +485,9 @@ def test_kind_that_was_never_asked_for_is_gone_with_the_descriptor(path: Path) -
 
 
 def test_repr_of_a_descriptor_closed_behind_its_back(path: Path) -> None:
-    handle = open_handle(path)
-    number = handle.detach()
+    dangling = open_handle(path)
+    number = dangling.fileno()
     os.close(number)
-    dangling = FdHandle(number)
     assert repr(dangling) == f"<FdHandle fd={number} EBADF>"
     dangling.detach()
 
