@@ -236,10 +236,13 @@ class Channel(Closing):
 
         Raises:
             ValueError: the offset lies outside.
+            TypeError: the buffer is read-only.
             multiprocessing.BufferTooShort: it does not fit; the exception's ``args[0]`` is the message.
             PeerClosedError, ClosedError, TimeoutError, ProtocolError: as for :meth:`recv`.
         """
         view = memoryview(buf).cast("B")
+        if view.readonly:  # said before a message is taken, which would be lost
+            raise TypeError("the buffer is read-only")
         if offset < 0:
             raise ValueError("negative offset")
         if offset > len(view):
@@ -254,6 +257,8 @@ class Channel(Closing):
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether something can be received: a message, or the end of the connection.
+
+        On "stream" also the beginning of a message whose rest has not come yet, as with a Connection.
 
         Args:
             timeout: seconds to wait for it; None waits for ever.
@@ -317,9 +322,11 @@ class Channel(Closing):
             return
         reservation = transport.in_flight.reserve(header.segment_size, deadline)
         header, segment = self._write_segment(plan)
-        with segment:
+        try:  # and not "with", whose __enter__ is one more place for an interrupt
             self._with_bundle(header, payload, [*fds, segment.fileno()], deadline)
             transport.in_flight.note(reservation)
+        finally:
+            segment.close()
 
     def _write_segment(self, plan: packets.Plan) -> tuple[wire.Header, FdHandle]:
         trusted = self._codec is _PICKLE

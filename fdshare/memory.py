@@ -59,6 +59,9 @@ _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _IOV_MAX = 1024
 """Buffers that one writev takes (IOV_MAX of Linux, macOS and FreeBSD)."""
 
+_NO_LARGE_PIPE = (errno.EPERM, errno.EBUSY, errno.EAGAIN, errno.EINVAL, errno.ENOMEM)
+"""How a system says that this user may not have a pipe so large, or has too many of them."""
+
 _NO_SPACE = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT)
 
 
@@ -110,18 +113,21 @@ def write_segment(parts: Iterable[Any], user: object = None, *, piped: bool = Tr
 def _write_pipe(views: list[memoryview], size: int) -> FdHandle | None:
     """Return the read end of a pipe that holds it all; None where this user may not have one so large."""
     reader, writer = unarmed(), unarmed()
-    # Stored by the loop itself, so that no interrupt comes between the call and the owners.
-    for reader._fd, writer._fd in starmap(os.pipe2, ((os.O_CLOEXEC | os.O_NONBLOCK,),)):
-        break
-    with writer:
-        try:
-            fcntl.fcntl(writer.fileno(), fcntl.F_SETPIPE_SZ, size)
-            if os.writev(writer.fileno(), views[:_IOV_MAX]) == size:
-                return reader
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EBUSY, errno.EAGAIN, errno.EINVAL, errno.ENOMEM):
-                reader.close()
-                raise
+    try:
+        # Stored by the loop itself, so that no interrupt comes between the call and the owners.
+        for reader._fd, writer._fd in starmap(os.pipe2, ((os.O_CLOEXEC | os.O_NONBLOCK,),)):
+            break
+        fcntl.fcntl(writer._fd, fcntl.F_SETPIPE_SZ, size)
+        whole = os.writev(writer._fd, views[:_IOV_MAX]) == size
+        writer.close()
+        if whole:
+            return reader
+    except BaseException as error:  # an interrupt during the copy above all
+        writer.close()
+        reader.close()
+        if isinstance(error, OSError) and error.errno in _NO_LARGE_PIPE:
+            return None
+        raise
     reader.close()
     return None
 

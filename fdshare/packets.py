@@ -33,7 +33,11 @@ class Plan(NamedTuple):
         """
         assert self.parts is not None
         segment, form = memory.write_segment(self.parts, user, piped=piped)
-        return self.header._replace(flags=self.header.flags | _FLAG[form]), segment
+        try:
+            return self.header._replace(flags=self.header.flags | _FLAG[form]), segment
+        except BaseException:  # an interrupt
+            segment.close()
+            raise
 
 
 def plan(out: Outgoing, type: int, inline: int, nonce: int) -> Plan:

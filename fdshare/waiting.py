@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import selectors
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fdshare import recycle
@@ -148,6 +148,9 @@ class ChannelSet(Closing):
 
     def __contains__(self, channel: object) -> bool:
         return channel in self._numbers
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._numbers)
 
     def close(self) -> None:
         """Close the set; its channels stay open.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from helpers import TRANSPORTS
 
-from fdshare import Channel, ClosedError, FdHandle, PeerClosedError, Pipe
+from fdshare import Channel, ChannelSet, ClosedError, FdHandle, PeerClosedError, Pipe
 from fdshare.testing import numbered_handle, read_number
 
 if TYPE_CHECKING:
@@ -250,6 +250,14 @@ def test_empty_message_is_received_into_a_buffer(pair: Pair) -> None:
     buffer = bytearray(b"abc")
     assert b.recv_bytes_into(buffer, 3) == 0
     assert buffer == b"abc"
+
+
+def test_a_read_only_buffer_is_refused_before_a_message_is_taken(channels: Pair) -> None:
+    a, b = channels
+    a.send_bytes(b"kept")
+    with pytest.raises(TypeError, match="read-only"):
+        b.recv_bytes_into(b"....")
+    assert b.recv_bytes() == b"kept"
 
 
 @pytest.mark.parametrize(("size", "offset"), [(4, 0), (10, 6), (0, 0)])
@@ -516,3 +524,11 @@ def test_descriptors_of_a_message_taken_as_bytes_are_closed(channels: Pair) -> N
         a.send([handle])
     assert type(b.recv_bytes()) is bytes
     assert not b.poll()
+
+
+def test_a_set_tells_what_is_in_it(channels: Pair) -> None:
+    with ChannelSet(channels) as many:
+        assert set(many) == set(channels)
+        many.discard(channels[0])
+        assert list(many) == [channels[1]]
+    assert list(many) == []
