@@ -80,8 +80,8 @@ def __getattr__(name: str) -> Any:
     """Load what takes long to import when it is first used."""
     from importlib import import_module
 
-    if name == "aio":
-        return import_module("fdshare.aio")
+    if name in ("aio", "handover"):
+        return import_module(f"fdshare.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LAZY[name]), name)

@@ -298,6 +298,12 @@ def test_a_typo_is_an_attribute_error() -> None:
         fdshare.Chanel  # type: ignore[attr-defined]  # noqa: B018 -- the access is the test
 
 
+@pytest.mark.parametrize("name", ["aio", "handover"])
+def test_a_package_needs_no_import_of_its_own(name: str) -> None:
+    code = f"import fdshare, sys; assert 'fdshare.{name}' not in sys.modules; fdshare.{name}.__all__"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_version_and_marker_are_there() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+([a-z]+\d+)?", fdshare.__version__)
     assert (Path(fdshare.__file__).parent / "py.typed").is_file()
