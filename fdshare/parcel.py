@@ -9,6 +9,7 @@ last eight bytes of a bare pickle (unpickling stops before them), the nonce in t
 from __future__ import annotations
 
 import pickle
+import select
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from fdshare.codec import Incoming, Outgoing, PickleCodec, undecodable
 from fdshare.errors import FdLimitError
 from fdshare.handle import FdHandle, HandleList, Handles
 from fdshare.transport import Transport
-from fdshare.transports import SeqpacketTransport
+from fdshare.transports import SeqpacketTransport, StreamTransport
 
 __all__ = [
     "Message",
@@ -212,8 +213,11 @@ def _forget_notices(transport: Transport) -> None:
 def next_tag(channel: Channel, error: OSError) -> int:
     """Return the tag of the message that :func:`receive_now` refused with ``error``; 0 where it is unknown."""
     if isinstance(error, FdLimitError):
+        transport = channel._transport
         try:
-            data = channel._transport.sock.recv(wire.HEADER_SIZE, rights.NOW | rights.PEEK)
+            if isinstance(transport, StreamTransport):
+                return 0 if transport._parser.header is None else transport._parser.header.nonce
+            data = transport.sock.recv(wire.HEADER_SIZE, rights.NOW | rights.PEEK)
             header = wire.unpack(data)
         except OSError:
             return 0
@@ -225,12 +229,30 @@ def next_tag(channel: Channel, error: OSError) -> int:
 def discard(channel: Channel) -> tuple[int, FdLimitError] | None:
     """Drop the next message, whose descriptors do not fit into this process; return its tag and the error, None without one."""
     transport = channel._transport
+    if isinstance(transport, StreamTransport):
+        return _discard_frame(transport)
     try:
         data = transport.sock.recv(wire.PACKET_SIZE, rights.NOW)  # and the kernel closes its descriptors
     except BlockingIOError:
         return None
     header = wire.unpack(data)
     _forget_notices(transport)
+    return header.nonce, rights.limit_error(header.total)
+
+
+def _discard_frame(transport: StreamTransport) -> tuple[int, FdLimitError] | None:
+    header = transport._parser.header
+    if header is None:
+        return None
+    while transport._parser.header is header:
+        try:
+            data = transport.sock.recv(transport._parser.wanted, rights.NOW)  # likewise
+        except BlockingIOError:
+            transport.wait(select.POLLIN, None)  # it was begun: the rest comes, or the end
+            continue
+        if not data:
+            return None
+        transport._parser = transport._parser.fed(data)[0]
     return header.nonce, rights.limit_error(header.total)
 
 

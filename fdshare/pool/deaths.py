@@ -87,7 +87,7 @@ class Undertaker:
         tasks: list[Task] = []
         try:
             with pool.lock:
-                while recalled := worker.recall(BATCH):
+                while recalled := worker.recall(BATCH, ended=True):
                     pool.timed -= sum(task.timeout is not None for task in recalled)
                     tasks += recalled
         except FdLimitError:

@@ -12,7 +12,7 @@ import attrs
 
 from fdshare import parcel, system
 from fdshare.channel import Channel, Pipe
-from fdshare.errors import FdLimitError, PeerClosedError
+from fdshare.errors import DescriptorsLostError, FdLimitError, PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, own, own_pipe
 from fdshare.pool import worker as process_side
 from fdshare.pool.leading import Lead, Seat
@@ -57,6 +57,9 @@ class Worker:
     assigned: dict[int, Task] = attrs.field(factory=dict)
     """What was sent and not answered, oldest first."""
     depth: int = FIRST_DEPTH
+    """How many tasks it may hold."""
+    ahead: bool = attrs.field(default=True, kw_only=True)
+    """Whether it may hold more than it runs: to take them back, two must read one end, which only whole packets allow."""
     pace: float = 0.0
     """Seconds a task takes, as an average that forgets."""
     since: float = attrs.field(factory=time.monotonic)
@@ -115,15 +118,21 @@ class Worker:
         took = (now - self.since) / count
         self.since = now
         self.pace = pace = took if not self.pace else 0.75 * self.pace + 0.25 * took
-        self.depth = MAX_DEPTH if pace < SHORT_SECONDS else FIRST_DEPTH + int(QUEUED_SECONDS / pace)
+        if self.ahead:
+            self.depth = MAX_DEPTH if pace < SHORT_SECONDS else FIRST_DEPTH + int(QUEUED_SECONDS / pace)
 
-    def recall(self, most: int) -> list[Task]:
+    def recall(self, most: int, *, ended: bool = False) -> list[Task]:
         """Take back up to ``most`` tasks that the worker has not begun, oldest first.
+
+        Args:
+            ended: whether the worker has; beside one that runs, only whole packets can be read.
 
         Raises:
             FdLimitError: no room here for the descriptors of the first.
         """
         tasks: list[Task] = []
+        if not (self.ahead or ended):
+            return tasks
         try:
             while len(tasks) < most:
                 message = parcel.receive_now(self.inbox)
@@ -142,6 +151,9 @@ class Worker:
             pass
         except FdLimitError:
             if not tasks:
+                raise
+        except (ProtocolError, DescriptorsLostError):  # the rest of a frame, of which it has read a part
+            if self.ahead:
                 raise
         return tasks
 
@@ -209,7 +221,10 @@ def new_worker(
         target=process_side.main,
         args=(inbox, reader, Setup(initializer, initargs) if initializer else None, max_tasks, fragile),
     )
-    return Worker(process, ours, inbox, writer, max_tasks, theirs=reader)
+    worker = Worker(process, ours, inbox, writer, max_tasks, theirs=reader)
+    if ours.transport != "seqpacket":
+        worker.ahead, worker.depth = False, 1
+    return worker
 
 
 def start_worker(worker: Worker, nascent: list[Worker]) -> None:
