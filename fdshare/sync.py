@@ -134,7 +134,7 @@ class Lock(Travelling):
             raise OSError(code, "a lock that does not work")
         if not blocking or (timeout is not None and timeout <= 0):
             return False
-        if self._owner == me or (timeout is None and len(_locks) > 1 and self._is_held_elsewhere(me)):
+        if timeout is None and (self._owner == me or (len(_locks) > 1 and self._is_held_elsewhere(me))):
             raise RuntimeError("this thread holds the lock already, and it is not recursive")
         return True
 

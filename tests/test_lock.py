@@ -208,6 +208,7 @@ def test_with_gives_the_lock(lock: Lock) -> None:
 def test_it_is_not_recursive(lock: Lock) -> None:
     with lock:
         assert not lock.acquire(blocking=False)
+        assert not lock.acquire(timeout=0.01)  # as threading's: only an endless wait is an error
         with pytest.raises(RuntimeError, match="not recursive"):
             lock.acquire()
     assert lock.acquire(blocking=False)
