@@ -92,6 +92,8 @@ class Inlet(Transport):
                 if error.errno == errno.ETOOMANYREFS and deadline is None:
                     drained = drained or now + DRAIN_SECONDS
                 if now >= (drained or deadline or math.inf):
+                    if error.errno == errno.ENOBUFS:  # of BSD, for datagrams that find no room
+                        raise TimeoutError("the time is up; the queue is full") from error
                     raise
         raise QueueClosedError
 

@@ -245,6 +245,10 @@ class Queue:
                         self._end_getting()
                         raise QueueClosedError from None
                     self._wait(deadline)
+                except OSError as error:
+                    # BSD drops descriptors that do not fit, and keeps the item, which will tell.
+                    if error.errno != errno.EMSGSIZE:
+                        raise
             data, ancillary, _, _ = arrived
             if not ancillary:
                 if not data:
