@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import TRANSPORTS
+from helpers import TRANSPORTS, requires_seqpacket
 from hypothesis import settings
 
 import fdshare
-from fdshare import Channel, memory, recycle
+from fdshare import Channel, memory, recycle, system
 from fdshare.testing import fdshare_no_leaks
 
 __all__ = ["fdshare_no_leaks"]  # a fixture is found by its name in a conftest
@@ -68,6 +68,8 @@ SEGMENTS = ("pipe", "memfd", "lease", "file")
 def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where segments live: pipes where they are small enough, or never those, new or used again; or files without either."""
     name: str = request.param
+    if name != "file" and not (system.HAVE_MEMFD and memory.HAVE_PIPE_SIZE):
+        pytest.skip("needs memory files, and pipes that can be made large")
     monkeypatch.setattr(memory, "HAVE_PIPE_SIZE", name == "pipe")
     monkeypatch.setattr(memory, "HAVE_MEMFD", name != "file")
     monkeypatch.setattr(recycle, "ENABLED", name == "lease")
@@ -76,8 +78,13 @@ def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All segments over packets, two kinds over frames: neither knows of the other."""
-    items[:] = [item for item in items if not _is_needless(getattr(item, "callspec", None))]
+    """All segments over packets, two kinds over frames: neither knows of the other.  Cases over packets need these."""
+    if system.HAVE_SEQPACKET:
+        items[:] = [item for item in items if not _is_needless(getattr(item, "callspec", None))]
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and "seqpacket" in map(str, callspec.params.values()):
+            item.add_marker(requires_seqpacket)
 
 
 def _is_needless(callspec: Any) -> bool:

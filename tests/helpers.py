@@ -6,9 +6,12 @@ import array
 import contextlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import pytest
 
 from fdshare import Channel, FdHandle, system, wire
 from fdshare.rights import open_numbers
@@ -19,6 +22,22 @@ METHODS = ("fork", "forkserver", "spawn")
 QUICK_METHODS = ("fork", "forkserver")
 """One that inherits everything and one that inherits nothing, for what depends on no more: spawn imports pytest each time."""
 SOCKET_TYPES = {"seqpacket": socket.SOCK_SEQPACKET, "stream": socket.SOCK_STREAM}
+
+
+requires_seqpacket = pytest.mark.skipif(
+    not system.HAVE_SEQPACKET, reason="needs sockets that keep packets whole"
+)
+requires_memfd = pytest.mark.skipif(not system.HAVE_MEMFD, reason="needs memory files")
+requires_eventfd = pytest.mark.skipif(not system.HAVE_EVENTFD, reason="needs eventfds")
+requires_pidfd = pytest.mark.skipif(not system.HAVE_PIDFD, reason="needs process descriptors")
+requires_epoll = pytest.mark.skipif(not system.HAVE_EPOLL, reason="needs epoll")
+requires_unread_count = pytest.mark.skipif(
+    sys.platform != "linux", reason="needs a kernel that tells what lies unread in a socket"
+)
+requires_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+requires_waiting_connect = pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere a full backlog refuses"
+)
 
 
 @contextlib.contextmanager
