@@ -236,7 +236,7 @@ class RobustMutex(Mutex):
         library = self._library
         if seconds is None:
             return starmap(library.lock, ((self._pointer,),))
-        end = library.now() + seconds
+        end = library.now() + min(seconds, threading.TIMEOUT_MAX)
         moment = library.moment(int(end), int(end % 1 * 1_000_000_000))
         return starmap(library.timed, ((self._pointer, *library.clock, moment),))
 

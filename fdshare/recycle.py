@@ -276,7 +276,7 @@ def idly(wait: Callable[[float | None], _T], seconds: float | None) -> _T:
 
     Args:
         wait: waits at most for the seconds it is given, None for ever; what it returns is true where it need not wait on.
-        seconds: for how long altogether.
+        seconds: for how long altogether; where the system takes no such number, it returns early.
     """
     while kept and (seconds is None or seconds > STEADY_SECONDS):
         found = wait(STEADY_SECONDS)
@@ -284,7 +284,7 @@ def idly(wait: Callable[[float | None], _T], seconds: float | None) -> _T:
             return found
         trim_unused()
         seconds = None if seconds is None else seconds - STEADY_SECONDS
-    return wait(seconds)
+    return wait(None if seconds is None else min(seconds, _MOST_MILLISECONDS / 1000))
 
 
 def poll_idly(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import math
 import multiprocessing
 import os
 import pickle
@@ -524,6 +525,13 @@ def test_descriptors_of_a_message_taken_as_bytes_are_closed(channels: Pair) -> N
         a.send([handle])
     assert type(b.recv_bytes()) is bytes
     assert not b.poll()
+
+
+@pytest.mark.parametrize("seconds", [1e10, math.inf])
+def test_a_set_waits_for_longer_than_the_system_counts(channels: Pair, seconds: float) -> None:
+    with ChannelSet(channels) as many:
+        channels[0].send("there")
+        assert many.select(seconds) == [channels[1]]
 
 
 def test_a_set_tells_what_is_in_it(channels: Pair) -> None:

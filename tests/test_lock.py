@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 import multiprocessing
 import os
@@ -194,6 +195,12 @@ def test_a_waiting_thread_gets_in_at_once(lock: Lock) -> None:
     with running(lambda: play(0), lambda: play(1)):
         pass
     assert turns[0] >= count
+
+
+@pytest.mark.parametrize("seconds", [1e10, math.inf])
+def test_a_wait_beyond_what_the_system_counts(lock: Lock, seconds: float) -> None:
+    assert list(lock._mutex.waits(seconds)) == [0]
+    assert next(lock._mutex.unlocks) == 0
 
 
 def test_with_gives_the_lock(lock: Lock) -> None:

@@ -99,6 +99,7 @@ class Gate:
         """Wait while the gate is SHUT or PAUSED, until ``deadline`` (of the monotonic clock); False where time was up."""
         with self.lock:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = None if left is None else min(left, threading.TIMEOUT_MAX)
             return self._changed.wait_for(lambda: self.state not in (GateState.SHUT, GateState.PAUSED), left)
 
     @contextlib.contextmanager
@@ -229,7 +230,8 @@ class Retired:
             nothing.
         """
         with self._condition:
-            self._condition.wait_for(lambda: self._over, timeout)
+            most = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+            self._condition.wait_for(lambda: self._over, most)
             return self._set
 
     __call__ = wait

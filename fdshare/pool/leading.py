@@ -118,8 +118,8 @@ def lead(task: Task, future: TaskFuture, deadline: float | None) -> None:
             if deadline is None:
                 seat.poll()
             else:
-                left = math.ceil((deadline - time.monotonic()) * 1000)
-                if not seat.poll(min(max(left, 0), _MAX_MILLISECONDS)):
+                left = (deadline - time.monotonic()) * 1000
+                if not seat.poll(math.ceil(min(max(left, 0), _MAX_MILLISECONDS))):
                     return
             with lock:
                 if not mine.valid:

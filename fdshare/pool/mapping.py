@@ -45,6 +45,7 @@ class _Sleeper:
         try:
             while slot.state == _WAITING:  # looked at after ``awaited`` was set, so that no wake is missed
                 timeout = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+                timeout = min(timeout, threading.TIMEOUT_MAX)
                 if not self.lock.acquire(timeout=timeout) and slot.state == _WAITING:
                     raise TimeoutError
         finally:
