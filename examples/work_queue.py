@@ -4,7 +4,8 @@
 
 The queue is two descriptors; whoever has them puts and gets, and an item is an open file.  What a finder has put outlives
 it.  What a worker has taken is gone with it, so each says what it takes before it works; the main program waits for
-reports and for the end of workers at once, and puts the file of one that died into the queue again.
+reports and for the end of workers at once, and puts the file of one that died into the queue again.  Linux only, for
+``ProcessHandle``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The kernel tells how much of what a socket sent is unread (SIOCOUTQ), in bytes of its own accounting and for all
 messages together.  Each message with a segment adds a known least amount, so the figure bounds how many of
-them can still be there.
+them can still be there.  macOS and FreeBSD do not tell: there only the buffer of the socket bounds what is in flight.
 """
 
 from __future__ import annotations

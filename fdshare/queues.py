@@ -17,7 +17,7 @@ closed          shutdown(2), which is the pair's and not a process's: every read
 an interrupt    what a get had taken waits in ``_left`` for the next get of this process
 =============== ==============================================================================================
 
-Without SEQPACKET (macOS) it is a pair of DGRAM sockets, which know no end: there an :class:`Event` says closed.
+Without SEQPACKET (elsewhere than on Linux) it is a pair of DGRAM sockets, which know no end: there an :class:`Event` says closed.
 """
 
 from __future__ import annotations
