@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import logging
+import math
 import multiprocessing
 import operator
 import os
@@ -31,7 +32,7 @@ from fdshare import (
 )
 from fdshare.testing import room_for
 from tests import pool_tasks as tasks
-from tests.helpers import METHODS, limit_for, wait_until
+from tests.helpers import METHODS, QUICK_METHODS, limit_for, wait_until
 
 TIMEOUT = 30
 
@@ -291,6 +292,32 @@ def test_timeout_counts_from_the_beginning_of_the_task() -> None:
         gate.open()
         assert limited.result(TIMEOUT) == -1
         blocked.result(TIMEOUT)
+
+
+@pytest.mark.parametrize("seconds", [1e10, math.inf])
+def test_timeout_beyond_what_the_system_counts(seconds: float) -> None:
+    with pool_of(1) as executor:
+        assert executor.options(timeout=seconds).submit(tasks.nap, 0.01).result(seconds) is None
+        assert executor.submit(tasks.nap, 0.01).exception(seconds) is None
+        assert list(executor.map(tasks.nap, [0.01], timeout=seconds)) == [None]
+
+
+@pytest.mark.parametrize("method", QUICK_METHODS)
+def test_interrupt_while_the_pool_is_launched_leaves_it_usable(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                executor.submit(operator.neg, 1)
+        assert executor.submit(operator.neg, 2).result(TIMEOUT) == -2
 
 
 def test_timeout_in_map() -> None:

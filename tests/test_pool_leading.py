@@ -198,6 +198,13 @@ def test_answer_with_descriptors_that_lies_unseen(pool: ProcessPoolExecutor) -> 
     assert tasks.read_handle(future.result(0)) == b"x"
 
 
+def test_answer_that_lies_unseen_counts_as_done(pool: ProcessPoolExecutor) -> None:
+    done = pool.stats().done
+    assert answer_is_there(pool, pool.submit(operator.neg, 5))
+    stats = pool.stats()
+    assert (stats.running, stats.done) == (0, done + 1)
+
+
 def test_callback_is_called_though_nobody_waits(pool: ProcessPoolExecutor) -> None:
     called = threading.Event()
     threads: list[str] = []

@@ -115,6 +115,9 @@ class Manager(Undertaker, threading.Thread):
 
     def run(self) -> None:
         """Serve until the pool is shut down and its workers are gone."""
+        with self.pool.launching:
+            if self.pool.manager is not self:  # an interrupt has undone the start
+                return
         try:
             while not self._is_over():
                 self._turn()

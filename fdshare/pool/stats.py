@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from fdshare.pool.futures import TaskFuture
+
 if TYPE_CHECKING:
     from fdshare.pool.pool import Pool
     from fdshare.pool.workers import Worker
@@ -49,8 +51,19 @@ class PoolStats:
     """Workers that were started in place of dead ones."""
 
 
+def _settle_unseen(pool: Pool) -> None:
+    """Have answers read that have come and that nobody waits for: the manager may not see those, see leading.py."""
+    with pool.lock:
+        workers = [worker for worker in pool.workers.values() if worker.masked and worker.lead is None]
+        futures = [task.future for worker in workers for task in worker.assigned.values()]
+    for future in futures:
+        if isinstance(future, TaskFuture):
+            future.done()
+
+
 def stats_of(pool: Pool) -> PoolStats:
     """Take the snapshot."""
+    _settle_unseen(pool)
     with pool.lock:
         now = time.monotonic()
         workers = tuple(_worker_stats(worker, now) for worker in pool.workers.values())
