@@ -57,6 +57,9 @@ DEFAULT_LEASE = 600.0
 """Seconds that a deposit waits.  A stock pool pickles tasks well before a worker reads them, and a task that expired there
 breaks most pools, so this is longer than any queue should be; what is pickled and never loaded is rare."""
 
+LONGEST_WAIT = 1e6
+"""Most seconds that one system call is asked to wait, however long the lease (inf, too): poll takes no more than 2e6."""
+
 PEER_DEADLINE = 10.0
 """Seconds that a peer has to send its token, and then to close."""
 
@@ -266,7 +269,7 @@ class Broker:
             poll.register(self._wakers[0], select.POLLIN)
         try:
             while timeout is not None:
-                events = poll.poll(timeout * 1000)
+                events = poll.poll(min(timeout, LONGEST_WAIT) * 1000)
                 with _lock:
                     if self._thread is not me:
                         return

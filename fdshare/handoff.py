@@ -53,7 +53,7 @@ def fetch(address: str, token: bytes, count: int, *, timeout: float | None = Non
     room = min(count, MAX_FDS_PER_PACKET) + 2  # the connection, and a directory where its path is long
     if not rights.has_room_for(room):
         raise rights.limit_error(count)
-    timeout = broker.current().lease if timeout is None else timeout
+    timeout = min(broker.current().lease if timeout is None else timeout, broker.LONGEST_WAIT)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         # Not settimeout(): in a socket that does not block, connect fails at once when the backlog is full.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout), 1))

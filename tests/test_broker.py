@@ -234,6 +234,13 @@ def test_shorter_lease_after_a_longer_one(clock: Clock) -> None:
     assert load(long) == 7
 
 
+@pytest.mark.parametrize("seconds", [1e10, float("inf")])
+def test_lease_beyond_what_the_system_counts(seconds: float) -> None:
+    broker.set_lease(seconds)
+    data = pickled(7)
+    assert in_child(load, data) == 7
+
+
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
 def test_bad_lease(seconds: float) -> None:
     with pytest.raises(ValueError, match="lease"):
