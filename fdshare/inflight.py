@@ -124,7 +124,9 @@ class InFlight:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 raise TimeoutError(f"{self.limit} bytes (max_inflight) are undelivered; nothing was sent")
-            found = self._transport.wait(select.POLLIN if now > warn_at else 0, now + TICK_SECONDS)
+            found = self._transport.wait(
+                select.POLLIN if now > warn_at else select.POLLHUP, now + TICK_SECONDS
+            )
             if found & (select.POLLERR | select.POLLHUP):
                 return mine  # the send will say so
             if found & select.POLLIN:

@@ -97,7 +97,7 @@ class Packet(NamedTuple):
     """Its descriptors, all of them, the segment's last."""
 
 
-class _Waker:
+class Waker:
     """Ends the poll of a blocked thread from another one."""
 
     def __init__(self) -> None:
@@ -112,12 +112,15 @@ class _Waker:
         except OSError:
             pass  # its thread has gone on, or was interrupted before it could say so
 
-    def __enter__(self) -> _Waker:
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+    def __enter__(self) -> Waker:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.reader.close()
-        self.writer.close()
+        self.close()
 
 
 def _poll(poll: select.poll, deadline: float | None) -> int:
@@ -154,7 +157,7 @@ class Transport:
         self.arrivals: Iterator[Any] = starmap(sock.recvmsg, _WITH_CONTROL)
         self._max_inflight = max_inflight
         self._fork_count = _fork_count
-        self._wakers: set[_Waker] = set()
+        self._wakers: set[Waker] = set()
 
     def _read_with(self, control: int) -> None:
         self._control = control
@@ -214,7 +217,7 @@ class Transport:
         """Wait until the socket is ready for ``events``, broken, or the time is up.
 
         Args:
-            events: of select.POLL*; 0 waits for the end of the connection alone.
+            events: of select.POLL*; POLLHUP for the end of the connection alone, of which macOS tells only who asks.
             deadline: of time.monotonic(), in seconds; None waits for ever.
 
         Returns:
@@ -233,7 +236,7 @@ class Transport:
             self.check_open()
             return found
         try:
-            waker = _Waker()
+            waker = Waker()
         except OSError:  # no descriptor left: look often instead
             found = 0
             while not (found or self.closed or (deadline is not None and time.monotonic() >= deadline)):
@@ -330,7 +333,7 @@ class Transport:
         if error.errno in (errno.ETOOMANYREFS, errno.ENOBUFS):
             now = time.monotonic()
             drained = drained or (now + DRAIN_SECONDS if deadline is None else deadline)
-            if now < drained and not self.wait(0, now + TICK_SECONDS):
+            if now < drained and not self.wait(select.POLLHUP, now + TICK_SECONDS):
                 return drained
         raise self._send_error(error, fds) from error
 

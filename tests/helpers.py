@@ -112,7 +112,7 @@ def capture(bare: socket.socket) -> list[Piece]:
 
 def _read(bare: socket.socket, size: int) -> Piece:
     # Not socket.recv_fds: in Python 3.11 it ignores its flags.
-    data, ancillary, _, _ = bare.recvmsg(size, 4096, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, _, _ = bare.recvmsg(size, 4096, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
     if not data:
         raise EOFError
     numbers = array.array("i")

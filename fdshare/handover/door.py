@@ -416,7 +416,8 @@ def _has_ended(channel: Channel, timeout: float = 0.0) -> bool:
     """Whether the other side has closed altogether, or this one; whatever was said before may still be unread."""
     poll = select.poll()
     try:
-        poll.register(channel.fileno(), 0)
+        # Asked for by name: macOS tells nothing unasked (poll_nocancel in XNU's bsd/kern/sys_generic.c).
+        poll.register(channel.fileno(), select.POLLHUP)
     except ClosedError:
         return True
     return bool(poll.poll(timeout * 1000))
