@@ -242,7 +242,7 @@ class Queue:
                         break
                 except BlockingIOError:
                     if over:
-                        self._end_getting()
+                        self._note_end()
                         raise QueueClosedError from None
                     self._wait(deadline)
                 except OSError as error:
@@ -252,7 +252,7 @@ class Queue:
             data, ancillary, _, _ = arrived
             if not ancillary:
                 if not data:
-                    self._end_getting()
+                    self._note_end()
                     raise QueueClosedError
                 if data[0] == _PICKLE_MARK:
                     return _decode_bare(data)
@@ -323,9 +323,10 @@ class Queue:
                 self._outlet.sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # somebody else did
-        self._end_putting()
-        if self.empty() and not self._lent:
-            self._end_getting()
+        if self.empty():
+            self._note_end()
+        else:
+            self._end_putting()
 
     def drop(self) -> None:
         """Let go of this process's descriptors, where no thread may be in a call; the queue goes on for the others.
@@ -340,6 +341,13 @@ class Queue:
             self._selector.close()
         if self._over is not None:
             self._over.close()
+
+    def _note_end(self) -> None:
+        """Nothing is left and nothing will come: let go of it, unless a selector has it, of which it is yet to be taken out."""
+        if self._lent:
+            self._end_putting()
+        else:
+            self._end_getting()
 
     def _end_putting(self) -> None:
         self._closed, self._send = True, None

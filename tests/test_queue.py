@@ -427,11 +427,12 @@ def test_closing_tells_an_event_loop_of_this_process(queue: Queue) -> None:
             except TimeoutError:
                 pass
             except QueueClosedError:
-                loop.remove_reader(number)
+                loop.remove_reader(
+                    queue
+                )  # closed it could not be: where others hold it too, it would stay in the epoll
                 over.set_result(items)
 
-        number = queue.fileno()
-        loop.add_reader(number, take)
+        loop.add_reader(queue, take)
         queue.put(1)
         while not items:
             await asyncio.sleep(0)
@@ -440,7 +441,11 @@ def test_closing_tells_an_event_loop_of_this_process(queue: Queue) -> None:
 
     assert asyncio.run(gather()) == [1]
     with pytest.raises(QueueClosedError):
-        queue.fileno()  # who was told has let go
+        queue.get(timeout=0)
+    assert fdshare.wait([queue], 0) == [queue]
+    queue.drop()
+    with pytest.raises(QueueClosedError):
+        queue.fileno()
 
 
 def test_a_closed_queue_holds_no_descriptor(sockets: str) -> None:
