@@ -227,14 +227,18 @@ def _explained(error: OSError, address: str, sock: socket.socket) -> OSError:
     elif number == errno.ECONNREFUSED:
         if address[0] == "\0":
             text = "nobody listens at this abstract name: start the listener first"
+        elif sys.platform != "linux" and _is_listening(address):
+            text = (
+                "the listener's backlog is full, which this system refuses at once: connect again in a while"
+            )
         elif _is_socket(address):
             text = (
                 "nobody listens here any more: the listener has ended; start it again, it replaces the file"
             )
         else:
             text = "this file is no socket"
-    elif number == errno.ENOTSOCK:  # what BSD says of it
-        text = "this file is no socket"
+    elif number == errno.ENOTSOCK:  # what BSD says where Linux refuses
+        number, text = errno.ECONNREFUSED, "this file is no socket"
     elif number == errno.EPROTOTYPE:
         other = "stream" if sock.type == socket.SOCK_SEQPACKET else "seqpacket"
         text = f"the listener uses another type of socket: give connect transport={other!r}, or the listener another one"
@@ -243,6 +247,13 @@ def _explained(error: OSError, address: str, sock: socket.socket) -> OSError:
     elif number is None:
         return error
     return OSError(number, text, address.replace("\0", "@"))  # of the subclass that fits the number
+
+
+def _is_listening(path: str) -> bool:
+    try:
+        return socketfile.is_alive(path)
+    except OSError:
+        return False
 
 
 def _is_socket(path: str) -> bool:
