@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SOCKET_TYPES, TRANSPORTS
+from helpers import SOCKET_TYPES, TRANSPORTS, requires_seqpacket
 
 from fdshare import FdHandle, Listener, connect, listen_fds
 from fdshare.rights import open_numbers
@@ -88,6 +88,7 @@ with fdshare.Listener(handle) as listener, listener.accept(20) as channel:
 """
 
 
+@requires_seqpacket
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aio_loops import fill, pair, receive_all, run, run_in, send_all, settle, started
-from helpers import KINDS, verify
+from helpers import KINDS, requires_seqpacket, verify
 
 import fdshare
 from fdshare import (
@@ -248,6 +248,7 @@ def test_back_pressure(run: Run, transport: str) -> None:
     run(main)
 
 
+@requires_seqpacket
 def test_flow_of_descriptors_leaves_no_notice_behind(run: Run) -> None:
     async def main() -> None:
         a, b = pair("seqpacket")

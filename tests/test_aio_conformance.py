@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import uvloop
+from helpers import requires_seqpacket
 
 import fdshare
 from fdshare import Channel
@@ -19,6 +20,7 @@ CHEAP = ("same_process", "fork")
 DEAR = ("forkserver", "spawn")
 
 
+@requires_seqpacket
 class TestAsyncioSeqpacket(ChannelConformance):
     """The suite over packets."""
 

@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 from aio_loops import fill, pair, receive_all, run, run_in, send_all, settle, started
-from helpers import KINDS, METHODS, bare_pair, capture, close_pieces, inject, running, verify
+from helpers import (
+    KINDS,
+    METHODS,
+    bare_pair,
+    capture,
+    close_pieces,
+    inject,
+    requires_seqpacket,
+    running,
+    verify,
+)
 from helpers import receive_all as receive_all_blocking
 from helpers import send_all as send_all_blocking
 
@@ -380,6 +390,7 @@ def _close_both(a: AsyncChannel, b: AsyncChannel) -> None:
     b.close()
 
 
+@requires_seqpacket
 def test_forked_child_goes_on_in_a_loop_of_its_own(run: Run) -> None:
     async def main() -> None:
         a, b = pair("seqpacket")

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import QUICK_METHODS, bare_pair, capture, close_pieces
+from helpers import (
+    QUICK_METHODS,
+    bare_pair,
+    capture,
+    close_pieces,
+    requires_memfd,
+    requires_proc,
+    requires_seqpacket,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shared import Call, Lent, Own, decode, descriptors, mappings, memory_file
@@ -99,6 +107,7 @@ def test_array_without_room() -> None:
         shared_array((1 << 20, 1 << 20, 1 << 10))
 
 
+@requires_proc
 def test_array_goes_with_its_last_view() -> None:
     before = descriptors(), mappings()
     array = shared_array((100, 100))
@@ -197,6 +206,7 @@ def test_read_only_view_stays_read_only(pair: tuple[Channel, Channel]) -> None:
     assert broad[2, 5] == 7
 
 
+@requires_memfd
 def test_array_on_sealed_memory_is_read_only(pair: tuple[Channel, Channel]) -> None:
     shared = SharedMemory.from_buffer(np.arange(10.0))
     shared.seal()
@@ -307,6 +317,7 @@ def test_pool_takes_and_returns_it() -> None:
 # what a message costs
 
 
+@requires_seqpacket
 @pytest.mark.parametrize(
     "make", [lambda n: shared_array(n, "u1"), lambda n: shared_array((n, 2), "u1")[:, 0]]
 )
@@ -323,6 +334,7 @@ def test_message_is_as_small_for_much_as_for_little(make: Any) -> None:
     assert sizes[1] < 400
 
 
+@requires_seqpacket
 @pytest.mark.parametrize("views", [1, 2, 100, 2000])
 def test_views_of_one_memory_are_one_descriptor_and_stay_one(
     pair: tuple[Channel, Channel], views: int
@@ -339,6 +351,7 @@ def test_views_of_one_memory_are_one_descriptor_and_stay_one(
     assert array[views - 1, 2] == 5
 
 
+@requires_proc
 def test_receiver_keeps_one_descriptor_and_one_mapping_for_all(pair: tuple[Channel, Channel]) -> None:
     array = shared_array((100, 4))
     before = descriptors(), mappings()
@@ -489,6 +502,7 @@ def test_other_picklers_are_left_alone() -> None:
 # what a receiver refuses
 
 
+@requires_memfd
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -558,6 +572,7 @@ def test_share_keeps_what_is_read_only(pair: tuple[Channel, Channel]) -> None:
     assert sent(pair, share(np.arange(10))).flags.writeable
 
 
+@requires_seqpacket
 def test_share_containers(pair: tuple[Channel, Channel]) -> None:
     before = descriptors()
     twice = np.arange(5)
@@ -715,6 +730,7 @@ def test_arrow_by_reference(pair: tuple[Channel, Channel]) -> None:
     assert same_place(sent(pair, column), column)
 
 
+@requires_seqpacket
 def test_arrow_message_is_small() -> None:
     arrow = pytest.importorskip("pyarrow")
     shared = share(arrow.table({"a": np.arange(MIB), "b": np.arange(MIB)}))

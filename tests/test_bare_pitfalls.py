@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers import requires_seqpacket
 from unix_sockets import Pair, connected_pair, socket_kind, type_of
 
 from fdshare import ClosedError, DescriptorsLostError, FdHandle, ProtocolError, recv_fds, send_fds
@@ -152,6 +153,7 @@ def test_a_short_write_sends_the_descriptors_once() -> None:
         assert [read_number(handle) for handle in handles] == [1, 2]
 
 
+@requires_seqpacket
 def test_a_packet_that_is_too_large_is_refused_whole() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:

@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 
 import pytest
-from helpers import KINDS, METHODS, QUICK_METHODS, receive_all, running, send_all, verify
+from helpers import KINDS, METHODS, QUICK_METHODS, receive_all, requires_seqpacket, running, send_all, verify
 
 import fdshare
 from fdshare import Channel, PeerClosedError
@@ -27,6 +27,7 @@ from fdshare.testing import (
 QUICK_PLACES = ("same_process", *QUICK_METHODS)
 
 
+@requires_seqpacket
 class TestSeqpacket(ChannelConformance):
     """The suite over packets."""
 
@@ -148,6 +149,7 @@ def _send_some(channel: Channel, numbers: range, kinds: tuple[str, ...]) -> None
         send_all(channel, numbers, kinds)
 
 
+@requires_seqpacket
 @pytest.mark.parametrize("method", QUICK_METHODS)
 def test_processes_receiving_on_one_end(method: str) -> None:
     """Each message goes to exactly one of them, whole, with its descriptors."""
@@ -167,6 +169,7 @@ def test_processes_receiving_on_one_end(method: str) -> None:
         assert numbers == sorted(numbers)
 
 
+@requires_seqpacket
 @pytest.mark.parametrize("method", QUICK_METHODS)
 def test_processes_sending_on_one_end(method: str) -> None:
     """Packets never mix, and each sender's stay in order."""
@@ -229,6 +232,7 @@ def _send_from_child(channel: Channel, number: int) -> None:
     channel.close()
 
 
+@requires_seqpacket
 def test_forked_child_sends_while_the_parent_does() -> None:
     """Whatever lock a thread of the parent held at the fork, the child's copy is free."""
     a, b = fdshare.Pipe(transport="seqpacket")

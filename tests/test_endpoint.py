@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import METHODS, QUICK_METHODS, SOCKET_TYPES, TRANSPORTS, compose, running, verify, wait_until
+from helpers import (
+    METHODS,
+    QUICK_METHODS,
+    SOCKET_TYPES,
+    TRANSPORTS,
+    compose,
+    requires_seqpacket,
+    running,
+    verify,
+    wait_until,
+)
 
 from fdshare import (
     Channel,
@@ -224,6 +234,7 @@ def test_descriptor_in_selectors_and_sets(path: str) -> None:
 # who is slow
 
 
+@requires_seqpacket
 def test_a_thousand_silent_clients_delay_nobody(path: str) -> None:
     """They are accepted, and then it is for their handlers how long to wait."""
     with room_for(2300), contextlib.ExitStack() as stack, Listener(path) as listener:
@@ -516,6 +527,7 @@ def test_client_channel_travels_before_it_was_answered(path: str, transport: str
             child.result()
 
 
+@requires_seqpacket
 def test_forked_reader_may_have_taken_the_hello(path: str) -> None:
     """Both hold one end; whoever reads second finds a message where a hello was expected."""
     with Listener(path) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as late:

@@ -11,7 +11,16 @@ import threading
 from typing import Any
 
 import pytest
-from helpers import LARGE, QUICK_METHODS, bare_pair, capture, close_pieces, inject, running
+from helpers import (
+    LARGE,
+    QUICK_METHODS,
+    bare_pair,
+    capture,
+    close_pieces,
+    inject,
+    requires_seqpacket,
+    running,
+)
 
 import fdshare
 from fdshare import (
@@ -308,6 +317,7 @@ def test_end_in_the_middle_of_a_message_with_descriptors() -> None:
             channel.close()
 
 
+@requires_seqpacket
 def test_notice_without_its_packet() -> None:
     """Its packet may have gone to another reader; or its sender died in between."""
     notice = wire.pack(wire.NOTICE, descriptors=3)

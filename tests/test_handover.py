@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from handovers import SOON, answering, ask, first, listen, port_of, reserved_port
-from helpers import running, wait_until
+from helpers import requires_seqpacket, running, wait_until
 
 from fdshare import ClosedError, Pipe
 from fdshare.handover import (
@@ -55,6 +55,7 @@ def test_the_second_takes_over_and_the_first_stops(path: Path) -> None:
             new.close()
 
 
+@requires_seqpacket
 def test_every_kind_of_listener_by_name(path: Path, tmp_path: Path) -> None:
     kinds = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM]
     with Handover(path) as old:
@@ -156,6 +157,7 @@ def test_each_connection_is_accepted_by_the_generation_of_its_moment(path: Path)
     assert set(answers) == set(range(11))
 
 
+@requires_seqpacket
 def test_the_control_socket_is_answered_at_every_moment(path: Path) -> None:
     refused: list[OSError] = []
     over = threading.Event()

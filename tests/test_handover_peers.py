@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from handovers import SOON, Bare, answering, ask, first, port_of
-from helpers import running, wait_until
+from helpers import requires_seqpacket, running, wait_until
 
 from fdshare import AccessDeniedError, FdHandle, PeerClosedError, Pipe, any_user, users
 from fdshare.handover import Handover, HandoverSocket, door, protocol
@@ -46,6 +46,7 @@ def test_who_does_not_ask_is_turned_away(
         assert bare.ended()
 
 
+@requires_seqpacket
 def test_bytes_that_are_no_message(path: Path, served: tuple[Handover, HandoverSocket]) -> None:
     for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\0" * 64, os.urandom(200)):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -165,6 +166,7 @@ def test_who_comes_while_the_outcome_is_open_waits_for_it(path: Path, served: ob
             bare.channel.close()  # and the predecessor resumes
 
 
+@requires_seqpacket
 def test_nothing_comes_in_once_it_is_shut() -> None:
     for transport in ("seqpacket", "stream"):
         here, there = Pipe(transport=transport)

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from helpers import LARGE, SOCKET_TYPES, TRANSPORTS
+from helpers import LARGE, SOCKET_TYPES, TRANSPORTS, requires_seqpacket
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,6 +150,7 @@ def test_codecs_differ_and_the_client_only_sends(path: str, transport: str) -> N
                 there.send(b"x", timeout=20)
 
 
+@requires_seqpacket
 def test_typed_codecs_differ(path: str) -> None:
     import attrs
 
@@ -234,6 +235,7 @@ def test_client_does_not_fit(path: str, transport: str, early: bool, data: bytes
             assert client.recv(1000) == PICKLE.data
 
 
+@requires_seqpacket
 def test_client_of_more_versions(path: str) -> None:
     """One that speaks this version too is welcome."""
     with Listener(path) as listener, bare(path, "seqpacket") as client:
@@ -244,6 +246,7 @@ def test_client_of_more_versions(path: str) -> None:
             assert client.recv(1000) == PICKLE.data
 
 
+@requires_seqpacket
 def test_hello_with_descriptors(path: str) -> None:
     with (
         Listener(path) as listener,

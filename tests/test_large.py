@@ -24,6 +24,8 @@ from helpers import (
     bare_pair,
     capture,
     close_pieces,
+    requires_proc,
+    requires_seqpacket,
     running,
     wait_until,
 )
@@ -169,6 +171,7 @@ def test_no_descriptor_is_held_by_what_arrived(pair: tuple[Channel, Channel]) ->
     assert [int(array[-1]) for array in arrays] == list(range(200))
 
 
+@requires_proc
 def test_mapping_goes_with_the_last_view() -> None:
     numpy = pytest.importorskip("numpy")
     a, b = fdshare.Pipe()
@@ -189,6 +192,7 @@ def test_mapping_goes_with_the_last_view() -> None:
         assert len(content) == MIB
 
 
+@requires_proc
 def test_a_message_nobody_takes_leaves_no_mapping() -> None:
     a, b = fdshare.Pipe()
     before = segment_mappings()
@@ -223,6 +227,7 @@ def test_segment_of_a_pure_payload_is_one_descriptor(transport: str, segments: s
         assert b.recv() == list(range(200_000))
 
 
+@requires_seqpacket
 def test_segment_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycle, "ENABLED", False)
     with bare_pair("seqpacket") as (channel, bare):
@@ -237,6 +242,7 @@ def test_segment_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
         close_pieces(pieces)
 
 
+@requires_seqpacket
 @pytest.mark.usefixtures("only_files")
 def test_file_segment_leaves_nothing_in_the_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -476,6 +482,7 @@ def test_bounds_are_checked_before_memory_is_spent(transport: str, monkeypatch: 
         assert b.recv() == "goes on"
 
 
+@requires_seqpacket
 def test_socket_types_are_the_ones_of_the_channels() -> None:
     for transport, type in SOCKET_TYPES.items():
         a, b = fdshare.Pipe(transport=transport)

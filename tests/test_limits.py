@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import LARGE, TRANSPORTS, bare_pair, inject, running, wait_until
+from helpers import LARGE, TRANSPORTS, bare_pair, inject, requires_seqpacket, running, wait_until
 
 import fdshare
 from fdshare import (
@@ -205,6 +205,7 @@ def _several_readers_at_the_limit(channel: Channel) -> str:
     return "no room"
 
 
+@requires_seqpacket
 def test_reader_without_room_leaves_the_message_to_the_other() -> None:
     a, b = fdshare.Pipe(transport="seqpacket")
     with a, b:
@@ -481,6 +482,7 @@ def _with_a_small_send_buffer(size: int, count: int) -> None:
         assert b.recv_bytes() == pattern(size)
 
 
+@requires_seqpacket
 @pytest.mark.parametrize("count", [0, 1, 300])
 @pytest.mark.parametrize("size", [0, 1000, 4000, 20_000, 60_000, 100_000])
 def test_packet_over_the_send_buffer_goes_another_way(size: int, count: int) -> None:
@@ -521,6 +523,7 @@ def test_full_channel_empties_in_order(transport: str) -> None:
         assert not b.poll()
 
 
+@requires_seqpacket
 def test_flow_of_descriptors_leaves_no_notice_behind() -> None:
     """However often the channel was full just between a notice and its packet: each would cost a look for room for ever."""
     a, b = fdshare.Pipe(transport="seqpacket")
@@ -536,6 +539,7 @@ def test_flow_of_descriptors_leaves_no_notice_behind() -> None:
         assert not b._transport._noticed  # type: ignore[attr-defined]
 
 
+@requires_seqpacket
 def test_notices_of_what_another_reader_took_cost_no_more_for_being_many() -> None:
     a, b = fdshare.Pipe(transport="seqpacket")
     beside = fdshare.Channel(socket.socket(fileno=os.dup(b.fileno())))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from helpers import running
+from helpers import requires_memfd, running
 
 import fdshare
 from fdshare import ClosedError, DecodeError, FdHandle, Lock, NotSendableError, mutex
@@ -125,6 +125,7 @@ def dies_inside(lock: Lock) -> None:
 # --- one inside ------------------------------------------------------------------------------------------------------
 
 
+@requires_memfd
 def test_threads_exclude_each_other(lock: Lock, counter: Counter) -> None:
     with running(*[lambda: increase(lock, counter, 300)] * 4):
         pass
@@ -429,6 +430,7 @@ def test_a_child_does_not_keep_its_dead_parents_lock(lock: Lock) -> None:
         os.close(writer)
 
 
+@requires_memfd
 def test_a_child_waits_for_its_parent(lock: Lock, counter: Counter) -> None:
     lock.acquire()
     pid = fork(lambda: increase(lock, counter, 1))
@@ -469,6 +471,7 @@ def test_it_is_given_away_by_move(mechanism: str) -> None:
             pass
 
 
+@requires_memfd
 def test_it_travels_as_a_pool_argument() -> None:
     mechanism = "robust"
     lock = Lock()

@@ -8,7 +8,7 @@ import pickle
 from typing import Any
 
 import pytest
-from helpers import LARGE, TRANSPORTS, bare_pair
+from helpers import LARGE, TRANSPORTS, bare_pair, requires_seqpacket
 
 from fdshare import (
     BytesCodec,
@@ -138,6 +138,7 @@ def test_bounds_that_make_no_sense(bounds: dict[str, int]) -> None:
         BytesCodec(**bounds)
 
 
+@requires_seqpacket
 def test_a_pickle_is_not_unpickled() -> None:
     near, far = Pipe(codec=BytesCodec())
     with near, far:

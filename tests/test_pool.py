@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import requires_proc
 
 import fdshare
 from fdshare import FdHandle, NotSendableError, ProcessPoolExecutor
@@ -378,6 +379,7 @@ def test_stats_tell_of_workers_and_tasks() -> None:
     os.close(told_reader)
 
 
+@requires_proc
 def test_idle_pool_uses_no_cpu() -> None:
     with ProcessPoolExecutor(2) as executor:
         pids = {executor.submit(tasks.pid).result(TIMEOUT) for _ in range(10)}

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from helpers import bare_pair, capture, close_pieces, wait_until
+from helpers import bare_pair, capture, close_pieces, requires_proc, requires_seqpacket, wait_until
 
 import fdshare
 from fdshare import Channel, ChannelSet, DecodeError, Event, Queue, memory, recycle, wire
@@ -53,6 +53,7 @@ def content(number: int, size: int = SIZE) -> bytearray:
 # --- used again, and never while somebody looks ---------------------------------------------------------------------
 
 
+@requires_seqpacket
 def test_segment_is_used_again_once_it_was_given_back() -> None:
     with bare_pair("seqpacket") as (channel, bare):
         inodes = []
@@ -64,6 +65,7 @@ def test_segment_is_used_again_once_it_was_given_back() -> None:
         assert len(set(inodes)) == 1
 
 
+@requires_seqpacket
 def test_segment_that_somebody_holds_is_not_used() -> None:
     with bare_pair("seqpacket") as (channel, bare):
         held = []
@@ -140,6 +142,7 @@ def test_senders_in_several_threads(pair: tuple[Channel, Channel]) -> None:
     assert seen == set(range(30))
 
 
+@requires_proc
 def test_fork_of_the_sender_writes_into_nothing_of_its_parent(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     a.send(content(1))
@@ -187,6 +190,7 @@ def test_dead_receiver_gives_back(pair: tuple[Channel, Channel]) -> None:
 # --- what is kept is bounded and given up ------------------------------------------------------------------------------
 
 
+@requires_proc
 def test_one_large_message_alone_keeps_nothing(
     pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +202,7 @@ def test_one_large_message_alone_keeps_nothing(
         assert not memfds()
 
 
+@requires_proc
 def test_closing_the_last_channel_gives_up(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     for _ in range(3):
@@ -212,6 +217,7 @@ def test_closing_the_last_channel_gives_up(pair: tuple[Channel, Channel]) -> Non
     assert not memfds()
 
 
+@requires_proc
 def test_unused_is_given_up_at_a_collection(
     pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +309,7 @@ def test_unused_is_given_up_while_a_task_waits(monkeypatch: pytest.MonkeyPatch) 
         gc.enable()
 
 
+@requires_seqpacket
 def test_a_wait_that_is_over_before_gives_up_nothing() -> None:
     found = iter([[], [], ["found"]])
     asked = []
@@ -321,6 +328,7 @@ def test_a_wait_that_is_over_before_gives_up_nothing() -> None:
         assert len(recycle.kept) == 1
 
 
+@requires_proc
 def test_a_signal_handler_does_not_wait_for_what_it_interrupts(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     for number in range(3):
@@ -352,6 +360,7 @@ def test_what_is_kept_is_bounded(pair: tuple[Channel, Channel], monkeypatch: pyt
     assert all(array == content(1) for array in held)
 
 
+@requires_seqpacket
 def test_typed_or_foreign_codecs_get_sealed_segments() -> None:
     with bare_pair("seqpacket") as (channel, bare):
         channel._codec = type("Other", (), {})()
@@ -361,6 +370,7 @@ def test_typed_or_foreign_codecs_get_sealed_segments() -> None:
         close_pieces(pieces)
 
 
+@requires_seqpacket
 def test_untrusting_receiver_refuses_a_lease() -> None:
     with bare_pair("seqpacket") as (channel, bare):
         channel.send(pattern(SIZE))

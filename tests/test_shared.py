@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import METHODS, bare_pair, capture, close_pieces, running, wait_until
+from helpers import (
+    METHODS,
+    bare_pair,
+    capture,
+    close_pieces,
+    requires_memfd,
+    requires_proc,
+    requires_seqpacket,
+    running,
+    wait_until,
+)
 from test_interrupts import Interrupter, expect_drops
 from test_limits import NoRoom
 
@@ -38,6 +48,7 @@ from fdshare import (
     SealError,
     SharedMemory,
     memory,
+    system,
 )
 from fdshare.codec import Incoming, PickleCodec
 from fdshare.handle import Handles
@@ -53,6 +64,8 @@ KIB, MIB = 1 << 10, 1 << 20
 @pytest.fixture(params=["memfd", "file"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where shared memory lives; a forked child finds it as here."""
+    if request.param == "memfd" and not system.HAVE_MEMFD:
+        pytest.skip("needs memory files")
     monkeypatch.setattr(memory, "HAVE_MEMFD", request.param == "memfd")
     return str(request.param)
 
@@ -127,6 +140,7 @@ def test_from_something_without_a_buffer(source: Any) -> None:
         SharedMemory.from_buffer(source)
 
 
+@requires_memfd
 def test_repr_shows_size_and_state() -> None:
     shared = SharedMemory(10)
     assert repr(shared) == f"<SharedMemory 10 bytes fd={shared.fileno()}>"
@@ -250,6 +264,7 @@ def test_forked_child_holds_it_too(kind: str) -> None:
     assert shared.buf[0] == 5
 
 
+@requires_seqpacket
 def test_occurring_twice_it_is_one_object_and_one_descriptor() -> None:
     shared = SharedMemory(10)
     with bare_pair("seqpacket") as (channel, bare):
@@ -339,6 +354,7 @@ def test_size_is_sealed_from_the_start() -> None:
 # sealing
 
 
+@requires_memfd
 def test_sealed_memory_is_read_only_and_stays_so() -> None:
     shared = SharedMemory(5000)
     shared.buf[:5] = b"hello"
@@ -360,6 +376,7 @@ def test_sealed_memory_is_read_only_and_stays_so() -> None:
         os.ftruncate(shared.fileno(), 0)
 
 
+@requires_memfd
 def test_sealed_memory_is_read_only_for_receivers(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     shared = SharedMemory.from_buffer(b"for strangers")
@@ -374,6 +391,7 @@ def _is_read_only(shared: SharedMemory) -> tuple[bool, bool, bytes]:
     return shared.sealed, shared.buf.readonly, bytes(shared.buf)
 
 
+@requires_memfd
 def test_sealed_memory_is_read_only_in_another_process() -> None:
     shared = SharedMemory.from_buffer(b"for strangers")
     shared.seal()
@@ -396,6 +414,7 @@ def test_views_keep_it_from_being_sealed(look: Any) -> None:
     shared.seal()
 
 
+@requires_memfd
 def test_an_array_that_numpy_made_keeps_it_from_being_sealed() -> None:
     """``numpy.ndarray(buffer=...)`` exports nothing of what it looks into."""
     numpy = pytest.importorskip("numpy")
@@ -439,6 +458,7 @@ def test_another_process_keeps_it_from_being_sealed() -> None:
     assert shared.buf[0] == 1
 
 
+@requires_memfd
 def test_memory_in_a_message_can_be_sealed() -> None:
     shared = SharedMemory(10)
     a, b = fdshare.Pipe()
@@ -448,6 +468,7 @@ def test_memory_in_a_message_can_be_sealed() -> None:
         assert b.recv().buf.readonly
 
 
+@requires_memfd
 def test_other_holders_here_see_that_it_was_sealed(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     shared = SharedMemory(10)
@@ -479,6 +500,7 @@ def test_system_without_seals(monkeypatch: pytest.MonkeyPatch) -> None:
     shared.buf[0] = 1
 
 
+@requires_memfd
 def test_memory_whose_holder_forbade_new_writers() -> None:
     """F_SEAL_FUTURE_WRITE: what is mapped stays writable, what comes is not."""
     fd = os.memfd_create("own", os.MFD_ALLOW_SEALING)
@@ -489,6 +511,7 @@ def test_memory_whose_holder_forbade_new_writers() -> None:
     assert not received.sealed
 
 
+@requires_proc
 def test_memory_whose_descriptor_cannot_write() -> None:
     shared = SharedMemory.from_buffer(b"0123456789")
     path = f"/proc/self/fd/{shared.fileno()}"
@@ -502,6 +525,7 @@ def test_memory_whose_descriptor_cannot_write() -> None:
 # descriptors that come without pickle
 
 
+@requires_memfd
 def test_from_handle_by_bare_descriptors() -> None:
     shared = SharedMemory.from_buffer(b"for strangers")
     shared.seal()
@@ -516,6 +540,7 @@ def test_from_handle_by_bare_descriptors() -> None:
         assert other.sealed
 
 
+@requires_proc
 def test_from_handle_maps_what_was_not_known() -> None:
     before = descriptors(), mappings()
     shared = SharedMemory.from_handle(FdHandle(memory_file(5000, seals=fcntl.F_SEAL_SHRINK)))
@@ -525,6 +550,7 @@ def test_from_handle_maps_what_was_not_known() -> None:
     assert (descriptors(), mappings()) == before
 
 
+@requires_memfd
 @pytest.mark.parametrize(
     ("make", "sealed", "reason"),
     [
@@ -563,6 +589,7 @@ def test_closed_memory(kind: str) -> None:
         a.send([shared])
 
 
+@requires_proc
 def test_views_outlive_their_holder(kind: str) -> None:
     before = descriptors(), mappings()
     with SharedMemory(5000) as shared:
@@ -574,6 +601,7 @@ def test_views_outlive_their_holder(kind: str) -> None:
     assert (descriptors(), mappings()) == before
 
 
+@requires_proc
 def test_dropped_without_close(recwarn: pytest.WarningsRecorder) -> None:
     before = descriptors(), mappings()
     SharedMemory(10)
@@ -856,6 +884,7 @@ def test_receiver_maps_nothing_that_could_hurt(
         decode(rebuild_memory, Lent(stat.S_IFREG), 10, handles=[make()])
 
 
+@requires_memfd
 @pytest.mark.parametrize("size", [-1, 11, 1 << 62])
 def test_receiver_checks_the_size(size: int) -> None:
     fd = memory_file(10, seals=fcntl.F_SEAL_SHRINK)
@@ -863,6 +892,7 @@ def test_receiver_checks_the_size(size: int) -> None:
         decode(rebuild_memory, Lent(stat.S_IFREG), size, handles=[fd])
 
 
+@requires_memfd
 @pytest.mark.parametrize("index", [-1, 1, 1 << 40])
 def test_receiver_checks_the_descriptor(index: int) -> None:
     fd = memory_file(10, seals=fcntl.F_SEAL_SHRINK)
@@ -870,6 +900,7 @@ def test_receiver_checks_the_descriptor(index: int) -> None:
         decode(rebuild_memory, Lent(stat.S_IFREG, index), 10, handles=[fd])
 
 
+@requires_memfd
 @pytest.mark.parametrize(("offset", "size"), [(-1, 5), (0, 11), (8, 3), (11, 0), (0, -1), (1 << 62, 1 << 62)])
 def test_receiver_checks_windows(offset: int, size: int) -> None:
     fd = memory_file(10, seals=fcntl.F_SEAL_SHRINK)
@@ -910,6 +941,7 @@ def test_failed_message_leaves_memory_that_was_known_alone() -> None:
     assert shared.fileno() >= 0
 
 
+@requires_seqpacket
 def test_failed_message_keeps_nothing() -> None:
     shared = SharedMemory(10)
     with bare_pair("seqpacket") as (channel, bare):
@@ -955,6 +987,7 @@ def test_buffers_of_any_class_travel_by_reference(pair: tuple[Channel, Channel])
     assert ordinary.memory[0] == ord("o")
 
 
+@requires_seqpacket
 def test_window_message_is_small() -> None:
     shared = SharedMemory(16 * MIB)
     with bare_pair("seqpacket") as (channel, bare):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import running
+from helpers import requires_seqpacket, running
 
 from fdshare import Listener, any_user, connect, socketfile
 from fdshare.testing import Child, checked_child
@@ -155,6 +155,7 @@ def test_killed_listener_is_replaced_at_once(path: str) -> None:
     assert not os.path.exists(path)
 
 
+@requires_seqpacket
 @pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_STREAM, socket.SOCK_DGRAM])
 def test_socket_of_any_type_is_dead_or_alive(path: str, kind: int) -> None:
     """Also one that is bound and does not listen yet."""
@@ -194,6 +195,7 @@ def test_no_directory(tmp_path: Path) -> None:
         Listener(tmp_path / "missing" / "sock")
 
 
+@requires_seqpacket
 @needs_root
 def test_another_users_directory_and_dead_socket(public: Path, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
@@ -242,6 +244,7 @@ def start_one(path: str, barrier: threading.Barrier, won: list[Listener], lost: 
         lost.append(error)
 
 
+@requires_seqpacket
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("hard_links", [True, False])
 @pytest.mark.parametrize("count", [8])
@@ -272,6 +275,7 @@ def test_of_threads_that_start_at_once_one_wins(
         assert os.listdir(os.path.dirname(path)) == []
 
 
+@requires_seqpacket
 def test_of_processes_that_start_at_once_one_wins(path: str) -> None:
     for _ in range(3):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
@@ -306,6 +310,7 @@ def start_and_serve(path: str, go: tuple[int, int], said: int) -> None:
         server.send(server.recv())
 
 
+@requires_seqpacket
 def test_foreign_lock_on_the_directory_delays_but_does_not_stop(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +330,7 @@ def test_foreign_lock_on_the_directory_delays_but_does_not_stop(
 # long paths
 
 
+@requires_seqpacket
 @pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("name", ["s", "n" * 100, "ü" * 127])
 @pytest.mark.parametrize("depth", [0, 5])
