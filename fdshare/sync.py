@@ -311,6 +311,9 @@ class Semaphore(_Counting):
                     return True  # no call lies between the taking and this: an interrupt would lose the unit
             except BlockingIOError:
                 pass  # none is left, or somebody else was faster
+            except OSError:
+                self._check_open()  # by another thread, just now
+                raise
             if not blocking:
                 return False
             if timeout is not None and deadline is None:
@@ -341,7 +344,9 @@ class Semaphore(_Counting):
             raise ValueError("more units than the system can count") from error
 
     def close(self) -> None:
-        """Let go of it in this process, where no thread may be waiting for it; the others keep theirs.  Twice is harmless.
+        """Let go of it in this process, where whoever waits for it gets a ClosedError; the others keep theirs.
+
+        Twice is harmless.
 
         Raises:
             OSError: as close(2).

@@ -6,6 +6,8 @@ function needs besides.  What it is lives in the kernel, so a copy in another pr
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable
 from select import POLLIN as _POLLIN
 from select import poll as _poll
@@ -14,6 +16,8 @@ from typing import Any, ClassVar
 from fdshare import recycle, reducers
 from fdshare.errors import ClosedError
 from fdshare.handle import FdHandle, Outside
+from fdshare.transport import Waker, other_threads
+from fdshare.waiting import CLOSE_TICK_SECONDS
 
 __all__ = ["Kept", "Readable", "Travelling", "keep", "travels"]
 
@@ -78,10 +82,38 @@ class Travelling:
         return Outside.reduce(self)
 
 
+_waiting: set[tuple[Kept, Waker]] = set()
+"""The threads of this process that wait long for a descriptor, each with what ends its wait when that is closed."""
+
+
+def _after_fork() -> None:
+    for _, waker in _waiting:  # of the parent's threads
+        waker.reader.close()
+        waker.writer.close()
+    _waiting.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class Readable(Travelling):
     """One whose first descriptor is readable while there is what one waits for."""
 
     __slots__ = ()
+
+    def close(self) -> None:
+        """Let go of it in this process, where whoever waits for it gets a ClosedError; the others keep theirs.
+
+        Twice is harmless.
+
+        Raises:
+            OSError: as close(2).
+        """
+        super().close()
+        if _waiting:
+            for handle, waker in tuple(_waiting):
+                if handle is self._handles[0]:
+                    waker.wake()
 
     def fileno(self) -> int:
         """Borrow the descriptor's number, for ``fdshare.wait``, selectors and event loops; reading from it breaks the object.
@@ -98,7 +130,40 @@ class Readable(Travelling):
         """Wait until it is, at most ``timeout`` seconds."""
         poll = _poll()
         poll.register(self.fileno(), _POLLIN)
-        return bool(poll.poll(0) if timeout == 0 else recycle.poll_idly(poll, timeout))
+        if timeout == 0:
+            return bool(poll.poll(0))
+        if not other_threads():  # nobody who could close it meanwhile
+            return bool(recycle.poll_idly(poll, timeout))
+        if timeout is not None and timeout <= CLOSE_TICK_SECONDS:
+            found = bool(recycle.poll_idly(poll, timeout))
+        else:
+            found = bool(poll.poll(CLOSE_TICK_SECONDS * 1000)) or self._wait_long(poll, timeout)
+        self._check_open()
+        return found
+
+    def _wait_long(self, poll: Any, timeout: float | None) -> bool:
+        """Wait on, beside other threads, after a tick of the timeout; until a close at most."""
+        deadline = None if timeout is None else time.monotonic() + timeout - CLOSE_TICK_SECONDS
+        try:
+            waker = Waker()
+        except OSError:  # no descriptor left: look at every tick
+            found: object = []
+            while not (found or self.closed or (deadline is not None and time.monotonic() >= deadline)):
+                found = poll.poll(CLOSE_TICK_SECONDS * 1000)
+            return bool(found)
+        entry = (self._handles[0], waker)
+        with waker:
+            _waiting.add(entry)
+            try:
+                self._check_open()
+                poll.register(waker.reader.fileno(), _POLLIN)
+                return bool(
+                    recycle.poll_idly(
+                        poll, None if deadline is None else max(0.0, deadline - time.monotonic())
+                    )
+                )
+            finally:
+                _waiting.discard(entry)
 
 
 def reduce_travelling(obj: Travelling, context: reducers.Context) -> reducers.Reduced:

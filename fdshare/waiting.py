@@ -11,10 +11,15 @@ from typing import Any
 from fdshare import recycle
 from fdshare.channel import Channel
 from fdshare.closing import Closing
+from fdshare.errors import ClosedError
 from fdshare.handle import HasFileno, as_fd
+from fdshare.transport import Waker, other_threads
 from fdshare.transports import has_read_ahead
 
 __all__ = ["ChannelSet", "wait"]
+
+CLOSE_TICK_SECONDS = 0.05
+"""From when on a wait beside other threads has what tells it of a close: making that takes 8 us, and most waits are short."""
 
 _KEEPS_CLOSED = not hasattr(selectors.DefaultSelector, "fileno")
 """Whether what was closed must be taken out: poll reports it for ever, where epoll and kqueue forget it."""
@@ -78,6 +83,7 @@ class ChannelSet(Closing):
     def __init__(self, channels: Iterable[HasFileno] = ()) -> None:
         self._selector = selectors.DefaultSelector()
         self._numbers: dict[HasFileno, int] = {}
+        self._wakers: set[Waker] = set()
         self._touched: list[HasFileno] = []
         """Those that were added or reported since the last select: what comes next may be in hand, where no epoll sees it."""
         for channel in channels:
@@ -87,10 +93,11 @@ class ChannelSet(Closing):
         """Watch ``channel`` (or anything with ``fileno()``); twice is harmless.
 
         Raises:
-            ClosedError: it is closed.
-            OSError: it cannot be watched, or the set is closed.
+            ClosedError: it is closed, or the set is.
+            OSError: it cannot be watched.
         """
         number = as_fd(channel)
+        self._check_open()
         known = self._selector.get_map().get(number)
         if known is not None:
             if known.data is channel:
@@ -101,10 +108,10 @@ class ChannelSet(Closing):
         self._touched.append(channel)
 
     def discard(self, channel: HasFileno) -> None:
-        """Stop watching ``channel``; harmless where it is not watched, or was closed meanwhile.
+        """Stop watching ``channel``; harmless where it is not watched, or was closed meanwhile, or the set was.
 
         Raises:
-            ValueError: the set is closed.
+            TypeError: it is nothing that a set could hold, such as a list.
         """
         number = self._numbers.pop(channel, None)
         if number is not None:
@@ -117,7 +124,7 @@ class ChannelSet(Closing):
             timeout: seconds; None waits for ever, 0 only looks.
 
         Raises:
-            ValueError: the set is closed.
+            ClosedError: the set is closed, also by another thread while this one waited.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         in_hand = [
@@ -127,7 +134,13 @@ class ChannelSet(Closing):
             in_hand = [channel for channel in dict.fromkeys(in_hand) if channel in self._numbers]
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found = [key.data for key, _ in recycle.idly(self._selector.select, 0 if in_hand else left)]
+            try:
+                found = self._select(0 if in_hand else left)
+            except (ValueError, TypeError):
+                self._check_open()
+                raise
+            if not found:
+                self._check_open()
             if _KEEPS_CLOSED:
                 found = self._without_closed(found)
             ready = [channel for channel in found if _is_ready(channel)]
@@ -136,6 +149,38 @@ class ChannelSet(Closing):
             if ready or left == 0:
                 self._touched = ready.copy()
                 return ready
+
+    def _select(self, timeout: float | None) -> list[HasFileno]:
+        """Ask the selector; a close of the set by another thread ends the wait."""
+        if timeout == 0 or not other_threads():
+            return [key.data for key, _ in recycle.idly(self._selector.select, timeout)]
+        if timeout is not None and timeout <= CLOSE_TICK_SECONDS:
+            return [key.data for key, _ in recycle.idly(self._selector.select, timeout)]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        found = self._selector.select(CLOSE_TICK_SECONDS)
+        if found:
+            return [key.data for key, _ in found]
+        self._check_open()
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            waker = Waker()
+        except OSError:  # no descriptor left: the caller looks again after this tick
+            return [key.data for key, _ in self._selector.select(CLOSE_TICK_SECONDS)]
+        with waker:
+            number = waker.reader.fileno()
+            self._wakers.add(waker)
+            try:
+                self._selector.register(number, selectors.EVENT_READ, waker)
+                found = recycle.idly(self._selector.select, left)
+            finally:
+                self._wakers.discard(waker)
+                if number in (self._selector.get_map() or ()):
+                    self._selector.unregister(number)
+        return [key.data for key, _ in found if key.data is not waker]
+
+    def _check_open(self) -> None:
+        if self._selector.get_map() is None:
+            raise ClosedError("this ChannelSet was closed")
 
     def _without_closed(self, found: list[HasFileno]) -> list[HasFileno]:
         for channel in found:
@@ -160,3 +205,5 @@ class ChannelSet(Closing):
         """
         self._numbers.clear()
         self._selector.close()
+        for waker in tuple(self._wakers):
+            waker.wake()

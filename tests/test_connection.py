@@ -15,7 +15,7 @@ from multiprocessing import connection as mp_connection
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers import TRANSPORTS
+from helpers import TRANSPORTS, running, wait_until
 
 from fdshare import Channel, ChannelSet, ClosedError, FdHandle, PeerClosedError, Pipe
 from fdshare.testing import numbered_handle, read_number
@@ -540,3 +540,36 @@ def test_a_set_tells_what_is_in_it(channels: Pair) -> None:
         many.discard(channels[0])
         assert list(many) == [channels[1]]
     assert list(many) == []
+
+
+def test_a_set_that_is_closed_says_so(channels: Pair) -> None:
+    many = ChannelSet(channels)
+    many.close()
+    for call in (many.select, lambda: many.select(0), lambda: many.add(channels[0])):
+        with pytest.raises(ClosedError, match="ChannelSet"):
+            call()
+    many.discard(channels[0])
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_close_of_a_set_ends_the_wait_of_another_thread(channels: Pair, timeout: float | None) -> None:
+    many = ChannelSet(channels)
+
+    def select() -> None:
+        with pytest.raises(ClosedError, match="ChannelSet"):
+            many.select(timeout)
+
+    with running(select):
+        wait_until(lambda: many._wakers)
+        many.close()
+
+
+def test_a_set_is_waited_for_by_several_threads(channels: Pair) -> None:
+    a, b = channels
+    found: list[Any] = []
+    with ChannelSet([a]) as many:
+        with running(*[lambda: found.append(many.select(60)) for _ in range(3)]):
+            wait_until(lambda: len(many._wakers) == 3)
+            b.send("to be left there")
+        assert found == [[a]] * 3
+        assert list(many) == [a]

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import running
+from helpers import running, wait_until
 
 import fdshare
-from fdshare import ClosedError, Event, NotSendableError, Semaphore, sync
+from fdshare import ClosedError, Event, NotSendableError, Semaphore, sync, travelling
 from fdshare.testing import Child, checked_child, leak_check
 
 MECHANISMS = ("eventfd", "pipe")
@@ -332,3 +332,36 @@ def test_killing_who_uses_them_blocks_nobody(event: Event) -> None:
             semaphore.release()
     event.set()
     assert event.wait(0)
+
+
+def is_waited_for(thing: Event | Semaphore) -> bool:
+    return any(handle is thing._handles[0] for handle, _ in travelling._waiting)
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+@pytest.mark.parametrize("make", [Event, functools.partial(Semaphore, 0)])
+def test_a_close_ends_the_waits_of_other_threads(make: Any, timeout: float | None) -> None:
+    thing = make()
+
+    def wait() -> None:
+        with pytest.raises(ClosedError):
+            (thing.wait if make is Event else thing.acquire)(timeout=timeout)
+
+    with running(wait, wait):
+        wait_until(lambda: is_waited_for(thing))
+        thing.close()
+
+
+def test_a_child_that_was_forked_beside_a_wait_closes_in_peace(event: Event) -> None:
+    with running(lambda: event.wait(60)):
+        wait_until(lambda: is_waited_for(event))
+        pid = os.fork()
+        if not pid:
+            try:
+                event.close()
+            finally:
+                os._exit(0 if event.closed else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert not event.wait(0.01)
+        assert is_waited_for(event)
+        event.set()
