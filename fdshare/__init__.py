@@ -80,7 +80,7 @@ def __getattr__(name: str) -> Any:
     """Load what takes long to import when it is first used."""
     from importlib import import_module
 
-    if name in ("aio", "handover"):
+    if name in ("aio", "handover", "integrations", "testing"):
         return import_module(f"fdshare.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'fdshare' has no attribute {name!r}")

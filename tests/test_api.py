@@ -298,7 +298,7 @@ def test_a_typo_is_an_attribute_error() -> None:
         fdshare.Chanel  # type: ignore[attr-defined]  # noqa: B018 -- the access is the test
 
 
-@pytest.mark.parametrize("name", ["aio", "handover"])
+@pytest.mark.parametrize("name", ["aio", "handover", "testing", "integrations.multiprocessing"])
 def test_a_package_needs_no_import_of_its_own(name: str) -> None:
     code = f"import fdshare, sys; assert 'fdshare.{name}' not in sys.modules; fdshare.{name}.__all__"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
