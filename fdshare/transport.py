@@ -112,15 +112,14 @@ class Waker:
         except OSError:
             pass  # its thread has gone on, or was interrupted before it could say so
 
-    def close(self) -> None:
-        self.reader.close()
-        self.writer.close()
+    def close(self, *exc: object) -> None:
+        for handle in vars(self).values():  # none, where no descriptor was left for it
+            handle.close()
 
     def __enter__(self) -> Waker:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    __exit__ = __del__ = close  # an interrupt may come before the "with"
 
 
 def _poll(poll: select.poll, deadline: float | None) -> int:

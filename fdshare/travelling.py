@@ -88,8 +88,7 @@ _waiting: set[tuple[Kept, Waker]] = set()
 
 def _after_fork() -> None:
     for _, waker in _waiting:  # of the parent's threads
-        waker.reader.close()
-        waker.writer.close()
+        waker.close()
     _waiting.clear()
 
 
