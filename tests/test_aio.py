@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aio_loops import fill, pair, receive_all, run, run_in, send_all, settle, started
-from helpers import KINDS, requires_seqpacket, verify
+from helpers import KINDS, requires_seqpacket, requires_unread_count, verify
 
 import fdshare
 from fdshare import (
@@ -268,6 +268,7 @@ def test_flow_of_descriptors_leaves_no_notice_behind(run: Run) -> None:
     run(main)
 
 
+@requires_unread_count
 def test_large_messages_in_flight_are_bounded(run: Run, transport: str) -> None:
     async def main() -> None:
         a, b = pair(transport, max_inflight=5 << 20)
@@ -434,6 +435,7 @@ def test_close_wakes_all_who_wait(run: Run, transport: str) -> None:
     run(main)
 
 
+@requires_unread_count
 def test_close_wakes_who_waits_for_large_messages_to_be_taken(run: Run, transport: str) -> None:
     async def main() -> None:
         a, b = pair(transport, max_inflight=1)

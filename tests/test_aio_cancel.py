@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from aio_loops import fill, pair, run, send_all, settle, started
-from helpers import KINDS, LARGE, compose, verify
+from helpers import KINDS, LARGE, compose, requires_unread_count, verify
 
 from fdshare import Channel, ClosedError, move, wire
 from fdshare.aio import AsyncChannel
@@ -238,6 +238,7 @@ def test_cancelled_while_a_thread_writes_the_segment(run: Run, transport: str) -
     run(main)
 
 
+@requires_unread_count
 def test_cancelled_while_large_messages_are_in_flight(run: Run, transport: str) -> None:
     async def main() -> None:
         a, b = pair(transport, max_inflight=LARGE)

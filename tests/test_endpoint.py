@@ -23,6 +23,7 @@ from helpers import (
     TRANSPORTS,
     compose,
     requires_seqpacket,
+    requires_waiting_connect,
     running,
     verify,
     wait_until,
@@ -255,6 +256,7 @@ def fill(path: str, stack: contextlib.ExitStack) -> None:
             stack.enter_context(connect(path, timeout=0.0))
 
 
+@requires_waiting_connect
 def test_full_backlog(path: str) -> None:
     with contextlib.ExitStack() as stack, Listener(path, backlog=1) as listener:
         fill(path, stack)
@@ -265,6 +267,7 @@ def test_full_backlog(path: str) -> None:
                 listener.accept(20).close()
 
 
+@requires_waiting_connect
 def test_signals_while_the_backlog_is_full(path: str) -> None:
     """A handler that returns changes nothing; one that raises ends the wait, and nothing is left of it."""
     ticks = []
@@ -358,6 +361,7 @@ def test_nobody_listens(tmp_path: Path, path: str) -> None:
         connect(path)
 
 
+@requires_seqpacket
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_another_type_of_socket(path: str, transport: str) -> None:
     other = {"seqpacket": "stream", "stream": "seqpacket"}[transport]
@@ -403,6 +407,7 @@ def test_listener_dropped_open(path: str) -> None:
     assert not os.path.exists(path)
 
 
+@requires_seqpacket
 def test_repr(path: str) -> None:
     with Listener(path) as listener:
         assert repr(listener) == f"<Listener fd={listener.fileno()} seqpacket {path!r}>"

@@ -26,6 +26,7 @@ from helpers import (
     close_pieces,
     requires_proc,
     requires_seqpacket,
+    requires_unread_count,
     running,
     wait_until,
 )
@@ -276,6 +277,7 @@ def test_descriptors_beside_a_segment(pair: tuple[Channel, Channel]) -> None:
 # what is in flight
 
 
+@requires_unread_count
 def test_producer_waits_for_the_receiver(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     a.max_inflight = 4 * MIB
@@ -298,6 +300,7 @@ def test_producer_waits_for_the_receiver(pair: tuple[Channel, Channel]) -> None:
         a.send(content, timeout=5)
 
 
+@requires_unread_count
 def test_what_timed_out_was_not_sent(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     a.max_inflight = MIB
@@ -311,6 +314,7 @@ def test_what_timed_out_was_not_sent(pair: tuple[Channel, Channel]) -> None:
     assert b.recv() == "end"
 
 
+@requires_unread_count
 def test_blocked_producer_goes_on_when_the_receiver_reads(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     a.max_inflight = 2 * MIB
@@ -327,6 +331,7 @@ def test_blocked_producer_goes_on_when_the_receiver_reads(pair: tuple[Channel, C
             assert b.recv(timeout=20)[0] == i
 
 
+@requires_unread_count
 def test_one_message_over_the_bound_passes(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     a.max_inflight = MIB
@@ -337,6 +342,7 @@ def test_one_message_over_the_bound_passes(pair: tuple[Channel, Channel]) -> Non
         assert len(b.recv()) == 10 * MIB
 
 
+@requires_unread_count
 def test_bound_holds_for_threads_together(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     a.max_inflight = 4 * MIB
@@ -355,6 +361,7 @@ def test_bound_holds_for_threads_together(pair: tuple[Channel, Channel]) -> None
         b.recv(timeout=5)
 
 
+@requires_unread_count
 @pytest.mark.parametrize(("who", "error"), [("a", ClosedError), ("b", PeerClosedError)])
 def test_producer_that_waits_hears_of_a_close(
     pair: tuple[Channel, Channel], who: str, error: type[Exception]

@@ -290,6 +290,7 @@ def test_a_lock_dropped_inside_does_no_harm(mechanism: str) -> None:
         pass
 
 
+@requires_memfd
 @pytest.mark.parametrize("kind", ["robust", "file"])
 @pytest.mark.parametrize("content", [b"", bytes(8), bytes(4096), b"fdshare lock 1\0\0" + bytes(4080)])
 def test_what_is_no_lock_is_refused(kind: str, content: bytes) -> None:
@@ -301,6 +302,7 @@ def test_what_is_no_lock_is_refused(kind: str, content: bytes) -> None:
             mutex.open_mutex(fake.fileno(), kind)
 
 
+@requires_memfd
 def test_a_lock_of_another_c_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = pickle.dumps(Lock())
     monkeypatch.setattr(mutex, "_layout_name", lambda: b"plan9".ljust(64, b"\0"))
@@ -368,6 +370,7 @@ def test_a_clean_end_is_no_death(lock: Lock) -> None:
         assert not lock.abandoned
 
 
+@requires_memfd
 def test_a_thread_that_ends_inside_lets_go() -> None:
     lock = Lock()
     with running(lock.acquire):
@@ -578,6 +581,7 @@ def _interrupted(mechanism: str, seed: int, times: int) -> int:
     return hits
 
 
+@requires_memfd
 def test_an_interrupted_acquire_takes_nothing() -> None:
     assert checked_child(_interrupted, "robust", 7, 500) == 500
 

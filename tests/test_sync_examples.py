@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from helpers import requires_pidfd
+
 from tests.test_examples import run
 
 
+@requires_pidfd
 def test_work_queue(tmp_path: Path) -> None:
     for number in range(40):
         path = tmp_path / str(number % 3) / f"{number}.txt"

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import requires_epoll, requires_eventfd, requires_memfd, requires_pidfd
 from hypothesis import given
 from hypothesis import strategies as st
 from travel import TIMEOUT, refusal, trip
@@ -109,6 +110,7 @@ def test_channel_handed_down_three_processes() -> None:
 # what only a handle can hold -------------------------------------------------------------------------------------------
 
 
+@requires_epoll
 def test_epoll_watches_there_what_it_watched_here() -> None:
     reader, writer = os.pipe()
     with contextlib.ExitStack() as stack:
@@ -140,6 +142,7 @@ def test_directory_is_a_place_to_open_from(tmp_path: Path) -> None:
             assert file.read() == "found"
 
 
+@requires_eventfd
 def test_eventfd_counts_for_both() -> None:
     with FdHandle(os.eventfd(0, os.EFD_NONBLOCK)) as handle, trip(handle) as received:
         os.eventfd_write(received.fileno(), 3)
@@ -147,6 +150,7 @@ def test_eventfd_counts_for_both() -> None:
         assert os.eventfd_read(received.fileno()) == 7
 
 
+@requires_pidfd
 def test_pidfd_signals_and_waits_there() -> None:
     pid = os.fork()
     if pid == 0:
@@ -160,6 +164,7 @@ def test_pidfd_signals_and_waits_there() -> None:
         assert result.si_status == signal.SIGKILL
 
 
+@requires_memfd
 def test_memfd_is_one_memory() -> None:
     with FdHandle(os.memfd_create("shared", os.MFD_CLOEXEC)) as handle:
         os.write(handle.fileno(), b"hello")
