@@ -197,6 +197,9 @@ class ChannelSet(Closing):
     def __iter__(self) -> Iterator[Any]:
         return iter(self._numbers)
 
+    def __repr__(self) -> str:
+        return f"<ChannelSet {'closed' if self._selector.get_map() is None else f'of {len(self)}'}>"
+
     def close(self) -> None:
         """Close the set; its channels stay open.
 

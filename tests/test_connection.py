@@ -544,7 +544,9 @@ def test_a_set_tells_what_is_in_it(channels: Pair) -> None:
 
 def test_a_set_that_is_closed_says_so(channels: Pair) -> None:
     many = ChannelSet(channels)
+    assert repr(many) == "<ChannelSet of 2>"
     many.close()
+    assert repr(many) == "<ChannelSet closed>"
     for call in (many.select, lambda: many.select(0), lambda: many.add(channels[0])):
         with pytest.raises(ClosedError, match="ChannelSet"):
             call()
