@@ -658,5 +658,10 @@ def test_counting_under_kills(lock: Lock) -> None:
 
 @pytest.mark.soak
 def test_counting_long_under_kills(lock: Lock) -> None:
-    """8 processes, 100,000 increments each."""
-    assert run_under_kills(lock, 8, 800_000, 2000, seed=2) > 10
+    """8 processes, 100,000 increments each, until enough of them have died inside: a fast lock is done after few kills."""
+    died = 0
+    for seed in range(2, 12):
+        died += run_under_kills(lock, 8, 800_000, 2000, seed)
+        if died > 10:
+            return
+    pytest.fail(f"only {died} died inside")
