@@ -22,7 +22,7 @@ from itertools import count
 import fdshare
 from fdshare import memory, system, wire
 from fdshare.command.probing import Finding, ok, probe, warn
-from fdshare.handle import FdHandle, own
+from fdshare.handle import own, own_pipe
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.rights import open_descriptors
 from fdshare.transports import socketpair
@@ -262,7 +262,7 @@ def _() -> Finding:
     for name in ("pipe-max-size", "pipe-user-pages-soft", "pipe-user-pages-hard"):
         if text := first_line(f"/proc/sys/fs/{name}"):
             values[name.replace("-", "_")] = int(text)
-    reader, writer = map(FdHandle, os.pipe())
+    reader, writer = own_pipe()
     with reader, writer:
         size = 0
         for asked in (memory.MAX_PIPE >> n for n in count()):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 
-from fdshare.handle import FdHandle
+from fdshare.handle import own_pipe
 
 __all__ = ["start"]
 
@@ -32,7 +32,7 @@ def start(command: Iterable[str] | None) -> int:
     arguments = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
     # What systemd has handed to this process is not for the next one, which asks its predecessor.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
-    reader, writer = (FdHandle(fd) for fd in os.pipe())
+    reader, writer = own_pipe()
     with reader, writer:
         between = subprocess.run(
             [sys.executable, "-S", "-E", "-c", BETWEEN, str(writer.fileno()), *arguments],

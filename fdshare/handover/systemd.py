@@ -23,7 +23,7 @@ import socket
 import time
 from collections.abc import Iterable
 
-from fdshare.handle import FdHandle, HasFileno
+from fdshare.handle import HasFileno, own_pipe
 from fdshare.rights import send_fds
 
 __all__ = ["barrier", "notify", "notifying", "reloading", "serving"]
@@ -74,7 +74,7 @@ def barrier() -> bool:
     """Wait, but not for longer than PATIENCE, until the service manager has looked at everything; return whether it has."""
     if not notifying():
         return True
-    reader, writer = (FdHandle(fd) for fd in os.pipe())
+    reader, writer = own_pipe()
     with reader:
         with writer:
             if not notify("BARRIER=1", fds=[writer]):
