@@ -23,6 +23,7 @@ __all__ = [
     "groups",
     "name_of",
     "objection",
+    "objection_to",
     "peer_credentials",
     "peer_pidfd",
     "same_user",
@@ -225,6 +226,7 @@ def groups(*names_or_gids: str | int) -> Policy:
         TypeError: neither a name nor a number.
     """
     import grp
+    import pwd  # noqa: F401 -- for _groups_by_name, which may be asked after a chroot
 
     return _Groups(frozenset(_number(one, lambda name: grp.getgrnam(name).gr_gid) for one in names_or_gids))
 
@@ -259,7 +261,15 @@ def objection(sock: socket.socket, allow: Policy) -> str | None:
         uid = _unpack(sock.getsockopt(_SOL_SOCKET, _SO_PEERCRED, 12))[1]
         if uid == os.geteuid() and (uid != _OVERFLOW_UID or _every_user_has_a_number()):
             return None
-    peer = peer_credentials(sock)
+    return objection_to(peer_credentials(sock), allow)
+
+
+def objection_to(peer: PeerCredentials, allow: Policy) -> str | None:
+    """Hold credentials against a policy, as :func:`objection`.
+
+    Raises:
+        nothing.
+    """
     try:
         if allow(peer):
             return None

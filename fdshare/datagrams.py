@@ -25,7 +25,7 @@ from fdshare.wire import MAX_FDS_PER_PACKET
 __all__ = ["Signed", "ask_credentials", "recv_signed", "send_signed"]
 
 _SO_PASSPIDFD = 76  # of asm-generic/socket.h, absent from the socket module
-_SCM_CREDENTIALS = int(getattr(socket, "SCM_CREDENTIALS", -1))
+SCM_CREDENTIALS = int(getattr(socket, "SCM_CREDENTIALS", -1))
 _UCRED = struct.Struct("=iII")
 _LINUX = sys.platform == "linux"
 
@@ -68,6 +68,21 @@ def ask_credentials(sock: socket.socket, *, pidfd: bool = False) -> None:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSPIDFD, 1)
 
 
+def credentials_in(ancillary: Iterable[tuple[int, int, bytes]]) -> PeerCredentials | None:
+    """Return who has sent what ``recvmsg`` gave; None where the kernel does not vouch for anybody."""
+    for level, type, data in ancillary:
+        if (level, type) == (socket.SOL_SOCKET, SCM_CREDENTIALS) and len(data) == _UCRED.size:
+            pid, uid, gid = _UCRED.unpack(data)
+            if (pid, uid) != (0, _UNKNOWN_USER):
+                return PeerCredentials(pid, uid, gid)
+    return None
+
+
+def signature(who: PeerCredentials) -> tuple[int, int, bytes]:
+    """Return the ancillary data that names ``who`` as the sender."""
+    return (socket.SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(who.pid, who.uid, who.gid))
+
+
 def send_signed(
     sock: socket.socket,
     buffers: Iterable[Any],
@@ -104,11 +119,7 @@ def send_signed(
             f"{len(numbers)} descriptors; one sendmsg takes at most {MAX_FDS_PER_PACKET}"
         )
     who = credentials or PeerCredentials(os.getpid(), os.geteuid(), os.getegid())
-    control = [
-        (socket.SOL_SOCKET, _SCM_CREDENTIALS, _UCRED.pack(who.pid, who.uid, who.gid)),
-        *rights.rights(numbers),
-    ]
-    return sock.sendmsg(pieces, control, rights.SEND, address)
+    return sock.sendmsg(pieces, [signature(who), *rights.rights(numbers)], rights.SEND, address)
 
 
 def recv_signed(sock: socket.socket, bufsize: int, maxfds: int = 0) -> Signed:
@@ -127,15 +138,9 @@ def recv_signed(sock: socket.socket, bufsize: int, maxfds: int = 0) -> Signed:
     """
     for arrived in map(Arrived, starmap(sock.recvmsg, ((bufsize, rights.CONTROL_SIZE, rights.CLOEXEC),))):  # noqa: B007 -- see rights.py
         break
-    credentials, pidfd = None, None
+    credentials, pidfd = credentials_in(arrived[1]), None
     for level, type, data in arrived[1]:
-        if level != socket.SOL_SOCKET:
-            continue
-        if type == _SCM_CREDENTIALS and len(data) == _UCRED.size:
-            pid, uid, gid = _UCRED.unpack(data)
-            if (pid, uid) != (0, _UNKNOWN_USER):
-                credentials = PeerCredentials(pid, uid, gid)
-        elif type == rights.SCM_PIDFD:
+        if (level, type) == (socket.SOL_SOCKET, rights.SCM_PIDFD):
             number = int.from_bytes(data, sys.byteorder, signed=True)
             if number >= 0:
                 pidfd = FdHandle.dup(number)  # the original is closed with what is left over

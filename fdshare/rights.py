@@ -62,7 +62,7 @@ SEND = int(getattr(socket, "MSG_NOSIGNAL", 0))
 SEND_NOW = SEND | NOW
 TRUNCATED = int(socket.MSG_TRUNC)
 CONTROL_TRUNCATED = int(socket.MSG_CTRUNC)
-_RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
+RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
 
 
 def descriptor_limit() -> int:
@@ -199,7 +199,7 @@ class Arrived(Adopted):
             handles = self.__dict__.setdefault("_handles", Handles())
             # An interrupt inside leaves the list shorter: the rest is still ours.
             handles.extend(map(received, numbers_in(self[1])[len(handles) :]))
-            if len(self[1]) > 1 or self[1][0][:2] != _RIGHTS:
+            if len(self[1]) > 1 or self[1][0][:2] != RIGHTS:
                 _close_pidfds(self[1])
         self.__class__ = Adopted  # type: ignore[assignment]  # and with it goes __del__
         return self._handles
@@ -224,7 +224,7 @@ def numbers_in(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
     """Return the descriptors in what ``recvmsg`` gave, close-on-exec."""
     numbers = array.array("i")
     for level, type, data in ancillary:
-        if (level, type) == _RIGHTS:
+        if (level, type) == RIGHTS:
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     if not CLOEXEC:
         for fd in numbers:
@@ -234,7 +234,7 @@ def numbers_in(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
 
 def rights(fds: Sequence[int]) -> list[tuple[int, int, Any]]:
     """Return the ancillary data that carries ``fds``: one control message, as some systems deliver only one."""
-    return [(*_RIGHTS, array.array("i", fds))] if fds else []
+    return [(*RIGHTS, array.array("i", fds))] if fds else []
 
 
 def has_room_for_one() -> bool:

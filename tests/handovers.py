@@ -11,6 +11,7 @@ from typing import Any
 
 from fdshare import Channel, ClosedError, PeerClosedError, connect
 from fdshare.handover import Handover, HandoverSocket, RetiredError, protocol
+from fdshare.handover.spoken import OF_SUCCESSORS
 
 SOON = 20.0
 """Seconds that nothing here takes."""
@@ -81,7 +82,7 @@ class Bare:
     """A successor that says what the test wants."""
 
     def __init__(self, path: Path) -> None:
-        self.channel: Channel = connect(path)
+        self.channel: Channel = connect(path, codec=OF_SUCCESSORS)
         self.fields: dict[str, Any] = {}
 
     def say(self, kind: str, **fields: Any) -> None:
@@ -101,7 +102,7 @@ class Bare:
     def get_ready(self) -> None:
         """Get as far as being told to go."""
         self.take()
-        self.say("ready", kept=["http"], final=[], adopt=False)
+        self.say("ready", kept=[0], final=[], adopt=False)
         self.hear("go")
 
     def ended(self) -> bool:

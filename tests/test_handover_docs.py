@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import socket
 import subprocess
@@ -26,7 +27,11 @@ PAGE = (ROOT / "docs" / "handover.md").read_text()
 def program(first_line: str, path: Path, port: int) -> str:
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     (found,) = [block for block in blocks if block.startswith(first_line)]
-    text: str = found.replace("/run/user/1000/app.control", str(path)).replace("8000", str(port))
+    text: str = (
+        found.replace("www-data", "nobody")
+        .replace("/run/user/1000/app.control", str(path))
+        .replace("8000", str(port))
+    )
     assert str(path) in text
     assert str(port) in text
     return text
@@ -56,6 +61,22 @@ def test_a_server_is_replaced_by_itself(tmp_path: Path, first_line: str) -> None
         wait_until(lambda: answers(port))
         start()
         assert first.wait(SOON) == 0
+        assert answers(port)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed: run as root")
+def test_a_server_that_drops_its_privileges_is_replaced_by_itself(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        port = stack.enter_context(reserved_port())
+        code = program("# A server that drops", tmp_path / "control", port)
+        generations = []
+        for _ in range(3):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT))
+            stack.callback(process.kill)
+            generations.append(process)
+            wait_until(lambda: answers(port))
+            if len(generations) > 1:
+                assert generations[-2].wait(SOON) == 0
         assert answers(port)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
+import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -13,8 +15,19 @@ import pytest
 from handovers import SOON, Bare, answering, ask, first, port_of
 from helpers import requires_seqpacket, running, wait_until
 
-from fdshare import AccessDeniedError, FdHandle, PeerClosedError, Pipe, any_user, users
-from fdshare.handover import Handover, HandoverSocket, door, protocol
+from fdshare import (
+    AccessDeniedError,
+    FdHandle,
+    Listener,
+    MessageTooLargeError,
+    PeerClosedError,
+    Pipe,
+    ProtocolError,
+    any_user,
+    users,
+)
+from fdshare.handover import Handover, HandoverError, HandoverSocket, door, protocol
+from fdshare.handover.spoken import OF_SUCCESSORS
 
 
 @pytest.fixture
@@ -35,15 +48,43 @@ def served(path: Path) -> Iterator[tuple[Handover, HandoverSocket]]:
 
 
 @pytest.mark.parametrize(
-    "message",
-    [("ready", {}), ("take", 3), "take", 17, None, ("serving", {}), ("take", {"versions": [1]}, 3)],
+    "text",
+    [
+        b'["ready",{}]',
+        b'["take",3]',
+        b'"take"',
+        b"17",
+        b"null",
+        b'["serving",{}]',
+        b'["take",{"versions":[1]},3]',
+        b"[" * 60_000,
+        b'["take",{"versions":{"$fd":0}}]',
+        pickle.dumps(("take", {"versions": [1]})),
+    ],
 )
 def test_who_does_not_ask_is_turned_away(
-    path: Path, served: tuple[Handover, HandoverSocket], message: object
+    path: Path, served: tuple[Handover, HandoverSocket], text: bytes
 ) -> None:
     with Bare(path) as bare:
-        bare.channel.send(message)
+        bare.channel.send_bytes(struct.pack("<II", len(text), 0) + text)
         assert bare.ended()
+
+
+def test_no_descriptor_is_let_in(path: Path, served: object) -> None:
+    """By the kernel, where it can, or else by what the hello says."""
+    with Bare(path) as bare, FdHandle.dup(0) as handle:
+        bare.take()
+        with pytest.raises((AccessDeniedError, MessageTooLargeError)):
+            bare.say("state", name=handle, number=1)
+
+
+def test_a_program_that_is_no_handover_is_not_succeeded(path: Path) -> None:
+    def serve() -> None:
+        with listener.accept(SOON) as channel, pytest.raises(ProtocolError):
+            channel.recv(timeout=SOON)
+
+    with Listener(path) as listener, running(serve), pytest.raises(HandoverError, match="does not speak"):
+        Handover(path)
 
 
 @requires_seqpacket
@@ -78,8 +119,10 @@ def test_a_newer_successor_finds_the_common_version(path: Path, served: object) 
         {},
         {"kept": "http", "final": []},
         {"kept": [1], "final": []},
+        {"kept": [-1], "final": []},
+        {"kept": [True], "final": []},
+        {"kept": ["http"], "final": []},
         {"kept": [], "final": [["x"]]},
-        {"kept": ["x"] * 5000, "final": []},
     ],
 )
 def test_ready_said_in_another_way(path: Path, served: object, fields: dict[str, object]) -> None:
@@ -169,7 +212,7 @@ def test_who_comes_while_the_outcome_is_open_waits_for_it(path: Path, served: ob
 @requires_seqpacket
 def test_nothing_comes_in_once_it_is_shut() -> None:
     for transport in ("seqpacket", "stream"):
-        here, there = Pipe(transport=transport)
+        here, there = Pipe(transport=transport, codec=OF_SUCCESSORS)
         with here, there:
             protocol.send(there, "serving")
             assert protocol.shut(here) == ("serving", {})

@@ -28,7 +28,7 @@ NO_IO = ("codec", "wire")
 IO_MODULES = {"socket", "_socket", "threading", "_thread", "asyncio", "select", "selectors"}
 
 SOCKET_CALLS = {"sendmsg", "sendmsg_afalg", "recvmsg", "recvmsg_into"}
-SOCKET_CALLERS = ("rights", "datagrams", "transport", "transports")
+SOCKET_CALLERS = ("rights", "datagrams", "vouched", "transport", "transports")
 
 HEAVY = ("asyncio", "numpy", "multiprocessing", "argparse", "concurrent.futures")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fdshare.channel import Channel
 from fdshare.closing import Closing
-from fdshare.errors import PeerClosedError
+from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handover import protocol
 
 __all__ = ["Connections"]
@@ -33,12 +33,16 @@ class Connections(Closing):
             TimeoutError: none came.
             DecodeError: this one cannot be rebuilt; it is closed, and the next one can be received.
             FdLimitError: no descriptor left for it; it stays queued.
-            ClosedError: the handover was closed.
+            AccessDeniedError: the predecessor runs as somebody else by now, whom the policy does not admit.
+        ClosedError: the handover was closed.
         """
         if self._channel is None:
             raise PeerClosedError("there is no predecessor")
         _, fields = protocol.receive(self._channel, "connection", timeout=timeout)
-        return fields.get("obj"), fields.get("data")
+        pair = protocol.load(fields.get("pair"))
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ProtocolError("the predecessor has sent no connection")
+        return pair
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         """Yield connections, and what was sent along, until the predecessor has ended."""

@@ -15,7 +15,7 @@ from fdshare import socketfile
 from fdshare.errors import ProtocolError
 from fdshare.handle import FdHandle, own, to_socket
 
-__all__ = ["MAX_NAME", "Spec", "check_name"]
+__all__ = ["MAX_NAME", "Spec", "check_name", "identity_of"]
 
 BACKLOG = 1024
 """Connections that wait to be accepted: all that come while the one stops and the other begins, and the system's own bound
@@ -98,7 +98,7 @@ class Spec:
             raise ProtocolError(f"the predecessor describes a listener as {values!r}") from error
         if not (isinstance(spec.family, int) and isinstance(spec.type, int) and isinstance(spec.host, str)):
             raise ProtocolError(f"the predecessor describes a listener as {values!r}")
-        return spec
+        return attrs.evolve(spec, identity=identity_of(spec.identity))
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain values, which another version of this class can read."""
@@ -167,7 +167,9 @@ class Spec:
         with _borrowed(handle) as sock:
             bound = sock.getsockname()
         try:
-            found = socket.getaddrinfo(self.host, self.port, self.family, self.type, 0, socket.AI_PASSIVE)
+            # As bytes: of text the codec "idna" would be imported, after a change of root or user perhaps.
+            host = self.host.encode() if self.host.isascii() else self.host
+            found = socket.getaddrinfo(host, self.port, self.family, self.type, 0, socket.AI_PASSIVE)
         except OSError:  # binding will tell
             return False
         return any(address[:2] == bound[:2] for *_, address in found)
@@ -180,6 +182,23 @@ class Spec:
         """
         if self.is_unix and self.identity is not None:
             socketfile.remove(self.host, self.identity)
+
+
+def identity_of(value: object) -> socketfile.Identity | None:
+    """Return which file a socket is, as the other generation has told it.
+
+    Raises:
+        ProtocolError: it told nonsense.
+    """
+    if value is None:
+        return None
+    if (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(number, int) for number in value)
+    ):
+        return value[0], value[1]
+    raise ProtocolError(f"the predecessor says that a socket is the file {value!r}")
 
 
 def _check(type: int) -> None:

@@ -23,10 +23,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from fdshare.channel import Channel
+from fdshare.credentials import Policy
 from fdshare.endpoint import Listener
 from fdshare.errors import ClosedError, FdShareError, PeerClosedError, ProtocolError
 from fdshare.handover import protocol
 from fdshare.handover.gate import Signal
+from fdshare.handover.spoken import Message, Pickle
 from fdshare.waiting import wait
 
 __all__ = ["Door", "DoorState", "Host"]
@@ -96,15 +98,17 @@ class Door:
     Args:
         listener: the control socket.
         host: who is succeeded.
+        allow: who may succeed, held against the sender of each message.
         patience: seconds that a successor may take to get ready; None for ever.
     """
 
-    def __init__(self, listener: Listener, host: Host, patience: float | None) -> None:
+    def __init__(self, listener: Listener, host: Host, allow: Policy, patience: float | None) -> None:
         self.state = DoorState.IDLE
         self.adopts = False
         """Whether the successor takes connections."""
         self._listener = listener
         self._host = host
+        self._allow = allow
         self._patience = patience
         self._serving = False
         self._closed = False
@@ -167,7 +171,13 @@ class Door:
     def _accept(self) -> None:
         try:
             for _ in range(ACCEPT_BATCH):
-                self._pending[self._listener.accept(timeout=0)] = time.monotonic() + ASK_SECONDS
+                channel = self._listener.accept(timeout=0)
+                try:
+                    protocol.hold_to(channel, self._allow)
+                except BaseException:
+                    channel.close()
+                    raise
+                self._pending[channel] = time.monotonic() + ASK_SECONDS
                 if len(self._pending) > MAX_PEERS:
                     self._drop(next(iter(self._pending)))
         except TimeoutError:
@@ -234,7 +244,7 @@ class Door:
             return "gone", f"process {self._successor_pid} has just failed to succeed process {me}"
         if self._successor is not None:
             return "busy", f"process {self._successor_pid} is succeeding process {me} already"
-        self._successor, self._successor_pid = channel, channel.peer.pid
+        self._successor, self._successor_pid = channel, protocol.sender(channel)
         self.state = DoorState.OFFERED
         return None
 
@@ -244,8 +254,8 @@ class Door:
         try:
             try:
                 self._host.begin_offer()
-                self._offer(channel, version)
-                kept = self._initialising(channel)
+                names = self._offer(channel, version)
+                kept = self._initialising(channel, names)
             except BaseException as error:
                 self._release(channel, f"{type(error).__name__}: {error}")
                 raise
@@ -276,7 +286,7 @@ class Door:
         if not told:
             self._outlast(channel)
 
-    def _revoke(self, channel: Channel, text: str) -> tuple[bool, protocol.Message | None]:
+    def _revoke(self, channel: Channel, text: str) -> tuple[bool, Message | None]:
         """Tell the successor that it must not serve; return whether it could be told, and what it had said before."""
         told = True
         try:
@@ -292,14 +302,16 @@ class Door:
         while not _has_ended(channel, OUTLAST_TICK):
             pass
 
-    def _offer(self, channel: Channel, version: int) -> None:
+    def _offer(self, channel: Channel, version: int) -> list[str]:
+        """Offer the sockets; return their names in the order of the offer."""
         fields = self._host.what_to_offer()
         try:
             protocol.send(channel, "offer", version=version, pid=os.getpid(), **fields)
         finally:
             protocol.close_handles(fields)
+        return list(fields["listeners"])
 
-    def _initialising(self, channel: Channel) -> list[str]:
+    def _initialising(self, channel: Channel, names: list[str]) -> list[str]:
         """Answer until the successor is ready and serves; return the names that it keeps.
 
         Raises:
@@ -315,7 +327,7 @@ class Door:
             if kind == "state":
                 self._tell_state(channel, fields.get("name"), fields.get("number"))
                 continue
-            kept, final = _names(fields.get("kept")), _names(fields.get("final"))
+            kept, final = _kept(fields.get("kept"), names), _names(fields.get("final"))
             self._hand_over(channel, final)
             self.adopts = fields.get("adopt") is True
             return kept
@@ -327,7 +339,7 @@ class Door:
             protocol.send(channel, "no_value", number=number, text=f"{type(error).__name__}: {error}"[:1000])
             return
         try:
-            protocol.send(channel, "value", timeout=TELL_SECONDS, number=number, value=value)
+            protocol.send(channel, "value", timeout=TELL_SECONDS, number=number, value=Pickle(value))
         except (TypeError, ValueError) as error:  # NotSendableError, MessageTooLargeError: nothing was sent
             protocol.send(channel, "no_value", number=number, text=f"{type(error).__name__}: {error}"[:1000])
 
@@ -338,7 +350,8 @@ class Door:
             self.state = DoorState.HANDING
         resume = self._host.stop()
         try:
-            protocol.send(channel, "go", states=self._host.final_states(final))
+            states = Pickle(self._host.final_states(final)) if final else None
+            protocol.send(channel, "go", states=states)
             protocol.receive(channel, "serving", timeout=START_SECONDS)
         except BaseException as error:
             if not isinstance(error, PeerClosedError | ClosedError):
@@ -351,6 +364,9 @@ class Door:
 
     def _retire(self, channel: Channel, kept: list[str]) -> None:
         with self._lock:
+            self._successor_pid = (
+                protocol.sender(channel) or self._successor_pid
+            )  # of who serves, who need not be who connected
             self.state = DoorState.GONE
             self._decided.notify_all()
         self._signal.set()
@@ -373,7 +389,7 @@ class Door:
         if self.state is not DoorState.GONE or successor is None:
             raise PeerClosedError("there is no successor that serves")
         try:
-            protocol.send(successor, "connection", obj=obj, data=data, timeout=timeout)
+            protocol.send(successor, "connection", pair=Pickle((obj, data)), timeout=timeout)
         except ClosedError as error:
             if self._closed:
                 raise
@@ -423,11 +439,14 @@ def _has_ended(channel: Channel, timeout: float = 0.0) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
+def _kept(value: Any, names: list[str]) -> list[str]:
+    """Return the names of the listeners that a successor keeps, by their places in the offer."""
+    if isinstance(value, list) and all(type(place) is int and 0 <= place < len(names) for place in value):
+        return [names[place] for place in value]
+    raise ProtocolError("the successor keeps listeners that it was not offered")
+
+
 def _names(value: Any) -> list[str]:
-    if (
-        isinstance(value, list)
-        and len(value) <= protocol.MAX_LISTENERS
-        and all(isinstance(name, str) for name in value)
-    ):
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return value
     raise ProtocolError("the successor says ready in another way than the protocol has it")

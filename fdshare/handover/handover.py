@@ -27,7 +27,9 @@ from fdshare.handover.gate import Gate, GateState, Retired
 from fdshare.handover.gated import HandoverSocket
 from fdshare.handover.listeners import Listeners, remove_file
 from fdshare.handover.serving import Serving
+from fdshare.handover.spoken import OF_PREDECESSORS
 from fdshare.handover.succession import Control, Predecessor, find
+from fdshare.vouched import prepare
 
 __all__ = ["Handover"]
 
@@ -61,7 +63,8 @@ class Handover(Closing):
 
     Args:
         address: the path of the control socket, the same for all generations; or an abstract name.
-        allow: whom to succeed, and who may succeed: a policy over the other process's credentials.
+        allow: whom to succeed, and who may succeed: a policy over the other process's credentials, held against those of the
+            connection, and on Linux against those of each message too: who has changed its user since is admitted as that one.
         timeout: seconds that a predecessor may take to answer; None waits for ever.
         successor_timeout: seconds that a successor may initialise before it is given up; None for ever.
         adopt: whether this process takes connections of its predecessor, see :meth:`connections`.
@@ -71,7 +74,7 @@ class Handover(Closing):
         HandoverRevokedError: the other process could not make an offer: the text says why.
         HandoverError: it speaks another version of the protocol.
         TimeoutError: it does not answer.
-        AccessDeniedError: it is another user's.
+        AccessDeniedError: it is another user's, or has become another user's.
         OSError: the control socket can be neither reached nor made.
     """
 
@@ -84,6 +87,9 @@ class Handover(Closing):
         successor_timeout: float | None = PATIENCE_SECONDS,
         adopt: bool = False,
     ) -> None:
+        # What pickle cannot take needs it: when a successor asks, this process may have changed its root or user.
+        import cloudpickle  # noqa: F401
+
         self.retired = Retired()
         """Waits until a successor serves: ``wait(timeout)``, ``await``, ``is_set()``; ``fileno()`` is readable then."""
         self._allow = allow
@@ -189,7 +195,7 @@ class Handover(Closing):
         return self._listeners.take_inherited(name)
 
     def state(self, name: str, default: Any = _MISSING, *, timeout: float | None = None) -> Any:
-        """Ask the predecessor, which goes on serving, for what it offers under ``name``.
+        """Ask the predecessor, which goes on serving, for what it offers under ``name``; what it answers is unpickled.
 
         Args:
             default: returned where there is no predecessor (any more), or no such state.
@@ -199,6 +205,7 @@ class Handover(Closing):
             KeyError: there is none, and no default; the text says why.
             TimeoutError, DecodeError: it did not answer, or the answer cannot be rebuilt here.
             HandoverRevokedError: it serves on, and this process must not.
+            AccessDeniedError: it runs as another user by now, whom ``allow`` does not admit.
             HandoverError: this process is ready already; ``ready`` gives the final states.
         """
         self._check_initialising("state")
@@ -258,6 +265,7 @@ class Handover(Closing):
             HandoverRevokedError: the predecessor has taken its offer back (successor_timeout), or could not stop.
             TimeoutError: it does not answer; it serves on once it can.
             DecodeError: a final state cannot be rebuilt here; the predecessor serves on.
+            AccessDeniedError: the predecessor runs as another user by now, whom ``allow`` does not admit.
             HandoverError: this process was ready before, or has failed.
         """
         self._check_initialising("ready")
@@ -299,10 +307,11 @@ class Handover(Closing):
 
     def _make_door(self) -> Door:
         assert self._control is not None
+        prepare(self._control.handle)
         with FdHandle.dup(self._control.handle) as handle:
-            listener = Listener(handle, allow=self._allow)
+            listener = Listener(handle, allow=self._allow, codec=OF_PREDECESSORS)
         try:
-            return Door(listener, self._serving, self._patience)
+            return Door(listener, self._serving, self._allow, self._patience)
         except BaseException:
             listener.close()
             raise

@@ -1,5 +1,9 @@
 """What the two generations say to each other: named messages over a channel, of plain values, so that versions can differ.
 
+What is said, and that values are pickled only where a program has asked for them, is in ``spoken.py``.  Each side holds the user
+who has sent each message, at that moment, against its policy (``vouched.py``): the connection's own credentials tell who began to
+listen or connected, before it dropped its privileges perhaps.
+
 The successor connects to the predecessor's control socket, and then::
 
     successor                                predecessor
@@ -9,12 +13,12 @@ The successor connects to the predecessor's control socket, and then::
     state  name, number             -->                              any number of times
                                     <--      value  number, value   or   no_value  number, text
     (initialises)
-    ready  kept, final, adopt       -->
+    ready  kept, final, adopt       -->                              kept: places in the offer's listeners
                                              accepts no more; the hooks of on_stop
                                     <--      go  states
     serving                         -->                              the commit point: this one packet
                                              retires
-                                    <--      connection  obj, data   any number of times
+                                    <--      connection  pair        any number of times, where it adopts
                                     <--      (end: it has drained)
 
     at any time before the commit   <--      revoked  text
@@ -43,10 +47,13 @@ import socket
 from typing import Any
 
 from fdshare.channel import Channel
-from fdshare.errors import PeerClosedError, ProtocolError
+from fdshare.credentials import Policy
+from fdshare.errors import AccessDeniedError, DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle
+from fdshare.handover.spoken import Message, Pickled
+from fdshare.vouched import vouched
 
-__all__ = ["MAX_LISTENERS", "VERSIONS", "Message", "receive", "send", "shut"]
+__all__ = ["MAX_LISTENERS", "VERSIONS", "hold_to", "load", "receive", "send", "sender", "shut"]
 
 VERSIONS = (1,)
 """Those that this implementation speaks; the predecessor picks the highest that both do."""
@@ -57,7 +64,25 @@ MAX_LISTENERS = 4096
 ANSWER_SECONDS = 10.0
 """How long the other side may take over what costs it nothing.  It needs less than a millisecond, unless the machine swaps."""
 
-Message = tuple[str, dict[str, Any]]
+
+def hold_to(channel: Channel, allow: Policy) -> None:
+    """Let every message from now on come from somebody whom ``allow`` admits; a new channel's, which nobody has read from.
+
+    Raises:
+        OSError: as setsockopt(2).
+    """
+    transport = channel._transport
+    transport.sock = vouched(transport.sock, allow)
+    transport._read_with(transport._control)
+
+
+def sender(channel: Channel) -> int:
+    """Return the pid of who has sent the last message; where the system does not tell, of who has connected, or 0."""
+    last = getattr(channel._transport.sock, "sender", None)
+    try:
+        return int((last or channel.peer).pid)
+    except OSError:  # it has gone
+        return 0
 
 
 def send(channel: Channel, kind: str, *, timeout: float | None = ANSWER_SECONDS, **fields: Any) -> None:
@@ -66,7 +91,7 @@ def send(channel: Channel, kind: str, *, timeout: float | None = ANSWER_SECONDS,
     Raises:
         PeerClosedError: the other side has gone.
         TimeoutError: it takes nothing; nothing was sent.
-        NotSendableError: something in the fields cannot travel.
+        NotSendableError: a value that is to be pickled cannot travel.
     """
     channel.send((kind, fields), timeout=timeout)
 
@@ -78,24 +103,19 @@ def receive(channel: Channel, *expected: str, timeout: float | None = ANSWER_SEC
         PeerClosedError: the other side has gone.
         TimeoutError: it said nothing.
         ProtocolError: it said something else.
-        DecodeError: what it said cannot be rebuilt here.
+        DecodeError: what it said is no message.
+        AccessDeniedError: who said it is not who the policy admits.
     """
-    message = channel.recv(timeout=timeout)
-    if (
-        not isinstance(message, tuple)
-        or len(message) != 2
-        or message[0] not in expected
-        or not isinstance(message[1], dict)
-    ):
+    message: Message = channel.recv(timeout=timeout)
+    if message[0] not in expected:
         close_handles(message)
-        said = message[0] if isinstance(message, tuple) and message else message
-        raise ProtocolError(f"the other side said {str(said)[:80]!r}; expected was {' or '.join(expected)}")
+        raise ProtocolError(f"the other side said {message[0][:80]!r}; expected was {' or '.join(expected)}")
     return message
 
 
 def close_handles(value: object) -> None:
     """Close the handles in a message that nobody will look at."""
-    if isinstance(value, FdHandle | Channel | socket.socket):
+    if isinstance(value, FdHandle | Pickled):
         value.close()
     elif isinstance(value, dict):
         for part in value.values():
@@ -103,6 +123,19 @@ def close_handles(value: object) -> None:
     elif isinstance(value, list | tuple):
         for part in value:
             close_handles(part)
+
+
+def load(value: object) -> Any:
+    """Unpickle a value that was asked for.
+
+    Raises:
+        ProtocolError: it is none.
+        DecodeError: it cannot be rebuilt here.
+    """
+    if not isinstance(value, Pickled):
+        close_handles(value)
+        raise ProtocolError("the other side has not sent what it was asked for")
+    return value.load()
 
 
 def shut(channel: Channel) -> Message | None:
@@ -115,7 +148,7 @@ def shut(channel: Channel) -> Message | None:
     except OSError:  # it has gone
         pass
     try:
-        message = channel.recv(timeout=0)
-    except (PeerClosedError, TimeoutError):
+        message: Message = channel.recv(timeout=0)
+    except (PeerClosedError, TimeoutError, AccessDeniedError, ProtocolError, DecodeError):
         return None
-    return message if isinstance(message, tuple) and len(message) == 2 else None
+    return message

@@ -30,8 +30,9 @@ from fdshare.endpoint import connect
 from fdshare.errors import ClosedError, DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, own
 from fdshare.handover import protocol
-from fdshare.handover.binding import BACKLOG, Spec
+from fdshare.handover.binding import BACKLOG, Spec, identity_of
 from fdshare.handover.errors import HandoverBusyError, HandoverError, HandoverRevokedError
+from fdshare.handover.spoken import OF_SUCCESSORS, Message
 
 __all__ = ["Control", "Offer", "Predecessor", "find"]
 
@@ -68,6 +69,11 @@ class Offer:
     pid: int
     generation: int
     listeners: dict[str, tuple[Spec, FdHandle]]
+    names: list[str] = attrs.field(init=False, factory=list)
+    """Of all of them, in their order."""
+
+    def __attrs_post_init__(self) -> None:
+        self.names = list(self.listeners)
 
     def close(self) -> None:
         """Close what nobody has taken."""
@@ -108,9 +114,9 @@ class Predecessor:
             raise
         if kind == "no_value":
             raise KeyError(f"the predecessor has no state {name!r}: {fields.get('text')}")
-        return fields.get("value")
+        return protocol.load(fields.get("value"))
 
-    def _receive(self, *expected: str, timeout: float | None) -> protocol.Message:
+    def _receive(self, *expected: str, timeout: float | None) -> Message:
         """Receive a message of these kinds, or where there are none the answer to the last question; skip late answers.
 
         Raises:
@@ -140,9 +146,11 @@ class Predecessor:
         """
         states: dict[str, Any] = {}
         try:
-            protocol.send(self.channel, "ready", kept=kept, final=final, adopt=adopt)
+            places = [place for place, name in enumerate(self.offer.names) if name in set(kept)]
+            protocol.send(self.channel, "ready", kept=places, final=final, adopt=adopt)
             _, fields = self._receive("go", timeout=GO_SECONDS)
-            states = dict(fields.get("states", {}))
+            if final:
+                states = self._final_states(final, fields)
             protocol.send(self.channel, "serving")
         except PeerClosedError:
             self._look_for_revocation()
@@ -150,6 +158,12 @@ class Predecessor:
             self.channel.close()  # so that it finds out at once, and resumes
             raise
         return states
+
+    def _final_states(self, final: list[str], fields: dict[str, Any]) -> dict[str, Any]:
+        states = protocol.load(fields.get("states"))
+        if not isinstance(states, dict):
+            raise ProtocolError("the predecessor has sent final states that are none")
+        return {name: states[name] for name in final if name in states}
 
     def _look_for_revocation(self) -> None:
         """Tell a predecessor that has gone from one that has revoked, and shut its side.
@@ -160,14 +174,14 @@ class Predecessor:
         """
         while True:
             try:
-                message = self.channel.recv(timeout=protocol.ANSWER_SECONDS)
+                message: Message = self.channel.recv(timeout=protocol.ANSWER_SECONDS)
             except (PeerClosedError, ClosedError):
                 self.alive = False
                 return
             except (DecodeError, ProtocolError):
                 continue
             protocol.close_handles(message)
-            if isinstance(message, tuple) and len(message) == 2 and message[0] == "revoked":
+            if message[0] == "revoked":
                 raise HandoverRevokedError(str(message[1].get("text")))
 
 
@@ -189,7 +203,7 @@ def find(address: Address, allow: Policy, timeout: float | None) -> tuple[Contro
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            channel = connect(address, timeout=left, allow=allow)
+            channel = connect(address, timeout=left, allow=allow, codec=OF_SUCCESSORS)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             control = _bind_control(address)
             if control is not None:
@@ -198,6 +212,7 @@ def find(address: Address, allow: Policy, timeout: float | None) -> tuple[Contro
             reason: OSError = error
         if channel is not None:
             try:
+                protocol.hold_to(channel, allow)
                 found = _ask(channel, address, left)
             except BaseException:
                 channel.close()
@@ -229,6 +244,10 @@ def _ask(channel: Channel, address: Address, timeout: float | None) -> tuple[Con
         kind, fields = protocol.receive(channel, "offer", "refused", "revoked", timeout=timeout)
     except PeerClosedError as error:
         return str(error)
+    except (ProtocolError, DecodeError) as error:  # another release, or no handover at all
+        raise HandoverError(
+            f"who serves at {os.fsdecode(address)!r} does not speak as this process: {error}"
+        ) from error
     if kind == "offer":
         return _read_offer(channel, address, fields)
     text = str(fields.get("text"))
@@ -246,24 +265,18 @@ def _read_offer(channel: Channel, address: Address, fields: dict[str, Any]) -> t
         stack.callback(protocol.close_handles, fields)
         listeners, control = fields.get("listeners"), fields.get("control")
         pid, generation = fields.get("pid"), fields.get("generation")
-        identity = fields.get("identity")
+        identity = identity_of(fields.get("identity"))
         if not (
             isinstance(listeners, dict)
             and len(listeners) <= protocol.MAX_LISTENERS
             and isinstance(control, FdHandle)
             and isinstance(pid, int)
             and isinstance(generation, int)
-            and (identity is None or _is_identity(identity))
         ):
             raise ProtocolError("the predecessor's offer is not one")
         found: dict[str, tuple[Spec, FdHandle]] = {}
         for name, pair in listeners.items():
-            if not (
-                isinstance(name, str)
-                and isinstance(pair, tuple)
-                and len(pair) == 2
-                and isinstance(pair[1], FdHandle)
-            ):
+            if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], FdHandle)):
                 raise ProtocolError("the predecessor's offer has a listener that is none")
             found[name] = Spec.of_wire(pair[0]), pair[1]
         offer = Offer(pid, generation, found)
@@ -274,7 +287,3 @@ def _read_offer(channel: Channel, address: Address, fields: dict[str, Any]) -> t
 def _path(address: Address) -> str:
     path = os.fsdecode(address)
     return path if path[:1] == "\0" else os.path.abspath(path)
-
-
-def _is_identity(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(number, int) for number in value)
