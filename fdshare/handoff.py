@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 import sys
@@ -26,7 +27,7 @@ from fdshare.handle import FdHandle, HandleList, Handles, Moved, own
 from fdshare.rendezvous import short_path
 from fdshare.wire import MAX_FDS_PER_PACKET
 
-__all__ = ["attempts", "carried_types", "fetch", "reduce_outside"]
+__all__ = ["attempts", "carried_types", "fetch", "reduce_outside", "refused_types"]
 
 _CODEC = PickleCodec()
 
@@ -180,6 +181,15 @@ def carried_types() -> list[type]:
             module, _, cls = name.rpartition(".")
             types_.append(getattr(import_module(module), cls))
     return types_
+
+
+def refused_types() -> list[type]:
+    """Return the loaded types whose objects hold numbers of this process, which others would take or refuse without a hint."""
+    found: list[Any] = [type(select.poll())]  # select.poll itself is a function
+    for name in reducers.OF_THIS_PROCESS:
+        module, _, cls = name.rpartition(".")
+        found.append(getattr(sys.modules.get(module), cls, None))
+    return [cls for cls in found if isinstance(cls, type)]
 
 
 _MESSAGE_ONLY = (reducers.Mark, Moved, types.FunctionType)

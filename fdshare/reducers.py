@@ -386,7 +386,29 @@ known_by_name.update(
     }
 )
 beside_pickle.add(reduce_transport_socket)
+_OF_A_LOOP = (
+    "it is of an event loop of this process, whose numbers mean other files elsewhere: make one there"
+)
+OF_THIS_PROCESS = {
+    "selectors.BaseSelector": "its keys are numbers of this process: send the files that it watches, and register them there",
+    "selectors.SelectorKey": "its fd is a number of this process: send its fileobj, and register that there",
+    "select.poll": "what it watches are numbers of this process: send the files, and register them there",
+    "select.devpoll": "what it watches are numbers of this process: send the files, and register them there",
+    "select.kqueue": "a kqueue is of this process: send the files that it watches, and register them there",
+    "select.kevent": "its ident is a number of this process: send the file itself",
+    "fdshare.waiting.ChannelSet": "its numbers are of this process: send list(set), and make a ChannelSet of that there",
+    "posix.DirEntry": "it refers to a directory that this process has open: send entry.path",
+    "posix.ScandirIterator": "it is a directory open in this process: send the path, or os.open() of it",
+    "asyncio.events.AbstractEventLoop": _OF_A_LOOP,
+    "uvloop.loop.Loop": _OF_A_LOOP,
+    "asyncio.events.Handle": _OF_A_LOOP,
+    "asyncio.futures.Future": _OF_A_LOOP,
+    "_asyncio.Future": _OF_A_LOOP,
+}
+"""What is in it are numbers of this process, or of its event loop: by name, and why it does not travel."""
+
 for _name, _reason in {
+    **OF_THIS_PROCESS,
     "ssl.SSLSocket": "its TLS state lives in this process: send the plain socket before it is wrapped, or proxy it",
     "gzip.GzipFile": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",
     "bz2.BZ2File": "a compressed stream has state in mid-file: send the file below it, before it is wrapped",

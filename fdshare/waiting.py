@@ -12,7 +12,7 @@ from fdshare import recycle
 from fdshare.channel import Channel
 from fdshare.closing import Closing
 from fdshare.errors import ClosedError
-from fdshare.handle import HasFileno, as_fd
+from fdshare.handle import HasFileno, Outside, as_fd
 from fdshare.transport import Waker, other_threads
 from fdshare.transports import has_read_ahead
 
@@ -199,6 +199,9 @@ class ChannelSet(Closing):
 
     def __repr__(self) -> str:
         return f"<ChannelSet {'closed' if self._selector.get_map() is None else f'of {len(self)}'}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Outside.reduce(self)  # which says that it does not travel
 
     def close(self) -> None:
         """Close the set; its channels stay open.

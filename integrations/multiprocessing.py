@@ -45,6 +45,7 @@ _KEY = "fdshare"
 _lock = threading.RLock()
 _undo: list[Callable[[], object]] = []
 _types: tuple[type, ...] = ()
+_refused: tuple[type, ...] = ()
 _declined = False
 
 
@@ -62,7 +63,7 @@ def install(*, lease: float | None = None) -> None:
     Raises:
         ValueError: the lease is not above zero.
     """
-    global _declined, _types
+    global _declined, _refused, _types
     with _lock:
         if lease is not None:
             broker.set_lease(lease)
@@ -71,6 +72,9 @@ def install(*, lease: float | None = None) -> None:
         _types = tuple(handoff.carried_types())
         for cls in _types:
             _enter(copyreg.dispatch_table, cls, _reduce)
+        _refused = tuple(handoff.refused_types())
+        for cls in _refused:
+            _refuse(cls)
         _override(reduction.ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
         for queue in (queues.Queue, queues.JoinableQueue):
             _attend_queue(queue)
@@ -140,6 +144,22 @@ def _override(table: MutableMapping[Any, Any]) -> None:
             _enter(table, cls, _reduce)
 
 
+def _refuse(cls: type) -> None:
+    """Let a type say why it does not travel; where it is made in Python, to all of its subclasses too."""
+    try:
+        cls.__reduce_ex__ = _reduce_refused  # type: ignore[method-assign]
+    except TypeError:  # made in C
+        _set(copyreg.dispatch_table, cls, _reduce)
+    else:
+        _undo.append(lambda: delattr(cls, "__reduce_ex__"))
+
+
+def _reduce_refused(obj: Any, protocol: Any) -> Any:
+    if sys._getframe(1).f_globals.get("__name__") == "copy" or type(obj).__reduce__ is not object.__reduce__:
+        return object.__reduce_ex__(obj, protocol)
+    return handoff.reduce_outside(obj)
+
+
 # --- reduce and rebuild ---------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +224,7 @@ class _Pickled:
 
 
 def _attend_queue(cls: Any) -> None:
-    """Let ``put`` pickle what holds descriptors at once: its thread would find them closed, and lose the item without a word."""
+    """Let ``put`` pickle what holds descriptors, or is refused, at once: its thread would lose the item without a word."""
     original = cls.put
 
     @functools.wraps(original)
@@ -225,7 +245,7 @@ def _holds_ours(obj: Any, depth: int) -> bool:
     if cls in (list, tuple, set, frozenset, dict):
         items = obj.values() if cls is dict else obj
         return depth > 0 and any(_holds_ours(item, depth - 1) for item in islice(items, _SCANNED))
-    return cls in _types
+    return cls in _types or any(base in _refused for base in cls.__mro__)
 
 
 # --- neighbours, once they are loaded ---------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import copyreg
 import multiprocessing
 import os
 import pickle
+import select
+import selectors
 import socket
 import subprocess
 import sys
@@ -156,6 +158,7 @@ def tables() -> list[Any]:
             found.append(sys.modules[name]._dispatch_table)
     found = [dict(table) for table in found]
     found.append([list(sys.meta_path), queues.Queue.put, queues.JoinableQueue.put])
+    found.append(selectors.BaseSelector.__reduce_ex__)
     if "distributed.batched" in sys.modules:
         found.append(sys.modules["distributed.protocol.pickle"].dumps)
         found.append(sys.modules["distributed.batched"].BatchedSend.__init__)
@@ -217,6 +220,28 @@ def test_closed_file_is_refused_when_pickled() -> None:
     file.close()
     with pytest.raises(fdshare.NotSendableError, match="closed"):
         pickle.dumps(file)
+
+
+class KnowsItself(selectors.SelectSelector):
+    def __reduce__(self) -> Any:
+        return KnowsItself, ()
+
+
+def test_selectors_and_their_like_are_refused_with_a_hint() -> None:
+    """With the descriptors in them they would travel, and their numbers would mean other files there."""
+    with selectors.DefaultSelector() as selector, selectors.SelectSelector() as simple:
+        with os.scandir("/") as entries:
+            things = [selector, simple, select.poll(), next(entries), fdshare.ChannelSet()]
+        for thing in things:
+            for dumps in (pickle.dumps, reduction.ForkingPickler.dumps):
+                with pytest.raises(fdshare.NotSendableError, match=r"there$|send entry\.path"):
+                    dumps([thing])
+        copy.copy(simple)
+    queue: Any = multiprocessing.Queue()
+    with pytest.raises(fdshare.NotSendableError, match="register them there"):
+        queue.put([select.poll()])
+    queue.close()
+    assert isinstance(pickle.loads(pickle.dumps(KnowsItself())), KnowsItself)
 
 
 class Wrapper:

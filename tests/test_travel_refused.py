@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import select
+import selectors
 import socket
 import sqlite3
 import subprocess
@@ -34,7 +35,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from travel import refusal
 
-from fdshare import NotSendableError, Pipe, move
+from fdshare import ChannelSet, NotSendableError, Pipe, move
 from fdshare.testing import leak_check, numbered_handle
 
 
@@ -222,6 +223,10 @@ def test_place_at_any_depth(steps: list[str], before: int) -> None:
 # the kind ----------------------------------------------------------------------------------------------------------------------
 
 
+class OwnSelector(selectors.SelectSelector):
+    """As programs derive their own."""
+
+
 @contextlib.contextmanager
 def making(name: str, tmp_path: Path) -> Iterator[Any]:
     """Make something that cannot travel, and close it afterwards."""
@@ -284,6 +289,26 @@ def making(name: str, tmp_path: Path) -> Iterator[Any]:
             yield io.TextIOWrapper(io.BytesIO(b"x"))
         elif name == "poll":
             yield select.poll()
+        elif name.endswith("selector"):
+            made = {"selector": selectors.DefaultSelector, "select_selector": selectors.SelectSelector}
+            with made.get(name, OwnSelector)() as selector:
+                key = selector.register(stack.enter_context(socket.socket()), selectors.EVENT_READ)
+                assert key.fd >= 0
+                yield selector
+        elif name == "selector_key":
+            yield selectors.SelectorKey(0, 0, selectors.EVENT_READ, None)
+        elif name == "channel_set":
+            yield stack.enter_context(ChannelSet())
+        elif name == "entry":
+            yield next(stack.enter_context(os.scandir(tmp_path)))
+        elif name == "entries":
+            yield stack.enter_context(os.scandir(tmp_path))
+        elif name == "future":
+            loop = stack.enter_context(contextlib.closing(asyncio.new_event_loop()))
+            yield loop.create_future()
+        elif name == "callback":
+            loop = stack.enter_context(contextlib.closing(asyncio.new_event_loop()))
+            yield loop.call_soon(print)
         elif name == "context":
             yield contextvars.copy_context()
         elif name == "closed_file":
@@ -332,8 +357,17 @@ def making(name: str, tmp_path: Path) -> Iterator[Any]:
         ("frame", "frame", "frame"),
         ("weakref", "weakref.*|ReferenceType", "weakref"),
         ("database", "sqlite3.Connection", ""),
-        ("event_loop", ".*", ""),
-        ("poll", "select.poll", "poll"),
+        ("event_loop", r"asyncio\..*EventLoop", "make one there"),
+        ("future", r"_asyncio\.Future", "make one there"),
+        ("callback", r"asyncio\.events\.Handle", "make one there"),
+        ("selector", r"selectors\.\w+Selector", "register them there"),
+        ("select_selector", r"selectors\.SelectSelector", "register them there"),
+        ("own_selector", r".*OwnSelector", "register them there"),
+        ("selector_key", r"selectors\.SelectorKey", "send its fileobj"),
+        ("channel_set", r"fdshare\.waiting\.ChannelSet", r"send list\(set\)"),
+        ("entry", r"posix\.DirEntry", r"send entry\.path"),
+        ("entries", r"posix\.ScandirIterator", "send the path"),
+        ("poll", "select.poll", "register them there"),
         ("context", "_?contextvars.Context", "Context"),
         ("text_in_memory", "_io.TextIOWrapper", "no descriptor"),
         ("closed_file", "_io.TextIOWrapper", "it is closed"),
