@@ -40,7 +40,7 @@ def _handle_key(handle: FdHandle) -> Key | None:
 
 
 def _socket_key(sock: socket.socket) -> Key | None:
-    if sock.fileno() < 0:
+    if sock.fileno() < 0 or sock._io_refs:  # type: ignore[attr-defined]
         return None
     return reducers._family(sock), reducers._type_of(sock), sock.proto, sock.gettimeout()
 

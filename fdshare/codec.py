@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import attrs
 
 from fdshare import alone, reducers
-from fdshare import files as _files  # noqa: F401 -- registers how files travel
+from fdshare import makefiles as _makefiles  # noqa: F401 -- with files.py, registers how files travel
 from fdshare.errors import DecodeError, NotSendableError
 from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, Moved
 from fdshare.wire import ALWAYS_INLINE, MAX_FDS_PER_PACKET, MAX_INLINE

@@ -86,6 +86,7 @@ def _align(reader: Any) -> None:
 def reduce_buffered(file: Any, context: Context) -> Reduced:
     """For BufferedReader, BufferedWriter and BufferedRandom: the raw file travels inside, and identity is kept."""
     _open(file)
+    refuse_early(file.raw, context)
     ahead = b""
     if file.seekable():
         if file.writable():
@@ -94,7 +95,7 @@ def reduce_buffered(file: Any, context: Context) -> Reduced:
             _align(file)
     elif file.readable():
         ahead = _readahead(file)
-        _check_ahead(file, len(ahead) + _given_back(file), context)
+        _check_ahead(file, read_ahead_of(file), context)
     else:
         file.flush()
     if context.moving:
@@ -106,6 +107,11 @@ def rebuild_buffered(cls: type, raw: io.FileIO, ahead: bytes) -> Any:
     if ahead:
         return built(io.BufferedReader(ReadAhead(ahead, raw)))
     return built(cls(raw))
+
+
+def read_ahead_of(reader: Any) -> int:
+    """Return how many bytes ``reader`` has taken of a stream that its user has not; raises Refused where nobody can tell."""
+    return len(_readahead(reader)) + _given_back(reader)
 
 
 def _given_back(reader: Any) -> int:
@@ -182,8 +188,8 @@ def reduce_text(text: io.TextIOWrapper, context: Context) -> Reduced:
     elif text.seekable():
         position = _settle(text)
     else:
-        given = _give_back(text)
-        _check_ahead(text, len(_readahead(text.buffer)) + _given_back(text.buffer), context)
+        given = give_back(text)
+        _check_ahead(text, read_ahead_of(text.buffer), context)
         if given and id(text.buffer) in context.memo.copy():
             late = given  # the buffer is in the message already, as it was before
         flags = _coder(text, "decode").getstate()[1]
@@ -303,10 +309,13 @@ def _encode(text: Any, characters: str, flags: int) -> bytes:
         return characters.encode(encoding, "replace")
 
 
-def _give_back(text: Any) -> bytes:
+def give_back(text: Any, reader: io.BufferedReader | None = None) -> bytes:
     """Put what ``text`` has read of a stream that cannot seek, and its user has not, back below its buffer.
 
     There it is for whoever reads on: the receiver, or the sender after a failure, and a second look finds it like the first.
+
+    Args:
+        reader: its buffer, where that is a pair, which keeps its reader to itself.
 
     Returns:
         what was put back and came from ``text`` itself, not from its buffer.
@@ -319,7 +328,7 @@ def _give_back(text: Any) -> bytes:
     characters, carriage_return, pending, flags = _take_decoded(text)
     data = _encode(text, characters + carriage_return, flags) + pending
     if data:
-        _put_below(text.buffer, data)
+        _put_below(reader or text.buffer, data)
         _coder(text, "decode").setstate((b"", flags))
     return data
 

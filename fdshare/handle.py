@@ -446,5 +446,9 @@ def move(obj: Any) -> Moved:
     The receiver gets what it would get without ``move``; the sender's own descriptors inside ``obj`` are closed as soon as the
     kernel has the message, and stay usable where the send raised.  Works at any depth of a message, and on containers
     and objects that hold files, sockets, handles or channels.
+
+    Files that ``makefile()`` has made of a socket are flushed before it is sent, and closed with it when it has moved, so that
+    the sender no longer holds the connection.  What one of them has read ahead is not in the socket any more: then the
+    socket is refused with :class:`NotSendableError`, moved or not.
     """
     return Moved(obj)

@@ -282,7 +282,9 @@ def reduce_socket(sock: socket.socket, context: Context) -> Reduced:
     fd = sock.fileno()
     if fd < 0:
         raise Refused(sock, "it is closed")
-    if context.moving:
+    if sock._io_refs:  # type: ignore[attr-defined]
+        WithFiles.ready(sock, context)
+    elif context.moving:
         context.consume(sock.close)
     return rebuild_socket, (
         context.lend(fd, sock),
@@ -291,6 +293,12 @@ def reduce_socket(sock: socket.socket, context: Context) -> Reduced:
         sock.proto,
         sock.gettimeout(),
     )
+
+
+class WithFiles:
+    """How a socket is made ready that has files of ``makefile()``; makefiles.py says it, since it knows what files hold."""
+
+    ready: Callable[[socket.socket, Context], None]
 
 
 # As plain ints: the properties of socket.socket make enum members of them, which takes longer than all the rest.

@@ -147,7 +147,7 @@ def _override(table: MutableMapping[Any, Any]) -> None:
 def _refuse(cls: type) -> None:
     """Let a type say why it does not travel; where it is made in Python, to all of its subclasses too."""
     try:
-        cls.__reduce_ex__ = _reduce_refused  # type: ignore[method-assign]
+        cls.__reduce_ex__ = _reduce_refused  # type: ignore[assignment, method-assign]
     except TypeError:  # made in C
         _set(copyreg.dispatch_table, cls, _reduce)
     else:
@@ -155,7 +155,8 @@ def _refuse(cls: type) -> None:
 
 
 def _reduce_refused(obj: Any, protocol: Any) -> Any:
-    if sys._getframe(1).f_globals.get("__name__") == "copy" or type(obj).__reduce__ is not object.__reduce__:
+    cls: Any = type(obj)
+    if sys._getframe(1).f_globals.get("__name__") == "copy" or cls.__reduce__ is not object.__reduce__:
         return object.__reduce_ex__(obj, protocol)
     return handoff.reduce_outside(obj)
 

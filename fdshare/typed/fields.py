@@ -27,11 +27,12 @@ import socket
 import stat
 import typing
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import attrs
 
-from fdshare import files
+from fdshare import files, makefiles
 from fdshare.channel import Channel
 from fdshare.codec import Codec, Outgoing
 from fdshare.errors import DecodeError
@@ -162,7 +163,8 @@ class Sending:
             raise Refused(obj, objection)
         self.out._owners.append(obj)
         if self.moving:
-            self.out._consumed.append(owner.close)
+            with_files = isinstance(owner, socket.socket) and owner._io_refs  # type: ignore[attr-defined]
+            self.out._consumed.append(partial(makefiles.close, owner) if with_files else owner.close)
         place = self._places[key] = len(self.out.fds)
         self.out.fds.append(fd)
         return place
@@ -248,6 +250,8 @@ def _build_handle(handle: FdHandle, options: Descriptor, receiving: Receiving) -
 def _ready_socket(sock: socket.socket, options: Descriptor, sending: Sending) -> int:
     if sock.fileno() < 0:
         raise Refused(sock, "it is closed")
+    if sock._io_refs:  # type: ignore[attr-defined]
+        makefiles.settle(sock)
     return sock.fileno()
 
 
