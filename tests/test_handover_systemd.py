@@ -21,6 +21,7 @@ from helpers import wait_until
 
 from fdshare import FdHandle, recv_fds
 from fdshare.handover import Handover, HandoverRevokedError, notify, systemd
+from fdshare.handover import handover as handover_module
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -303,20 +304,12 @@ def test_socket_activation_by_name(start: Start) -> None:
             ask(refused)
 
 
-def test_a_datagram_socket_of_that_name_is_not_taken_for_a_stream(start: Start) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, FdHandle.dup(sock) as wrong:
-        server = start(0, ("http", wrong))
-        assert server.said[:1] == ["serves"]
-
-
 def test_what_the_manager_keeps_for_nothing_is_given_up(
     path: Path, manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a restart that wants other names than the crashed generation had."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        from fdshare.handover import handover as module
-
-        monkeypatch.setattr(module, "listen_fds", lambda: [("gone", FdHandle.dup(sock))])
+        monkeypatch.setattr(handover_module, "listen_fds", lambda: [("gone", FdHandle.dup(sock))])
         with Handover(path) as handover:
             listen(handover)
             handover.ready()

@@ -52,6 +52,8 @@ class Spec:
     backlog: int = BACKLOG
     reuse_port: bool = False
     mode: int = 0o600
+    given: bool = attrs.field(default=False, eq=False)
+    """Whether a service manager gave the socket: its unit says the address, of whatever family, and this one nothing."""
     identity: socketfile.Identity | None = attrs.field(default=None, eq=False)
 
     @classmethod
@@ -144,28 +146,51 @@ class Spec:
             text = f"{error.strerror or error}: cannot listen at {self.host} port {self.port}"
             raise OSError(error.errno, text) from error
 
+    @property
+    def shown_path(self) -> str:
+        """The path of an AF_UNIX socket that was made here, which the kernel does not tell; empty for others."""
+        return self.host if self.is_unix and not self.given else ""
+
     # --- a socket that is there already -----------------------------------------------------------------------------------
 
-    def suits(self, handle: FdHandle) -> bool:
-        """Whether ``handle`` is a socket of this family and type, and listens if it has to."""
+    def misfit(self, handle: FdHandle) -> str | None:
+        """Return why ``handle`` cannot serve for this spec at any address: it is of another type; None where it can."""
         if handle.format != stat.S_IFSOCK:
-            return False
+            return f"a {handle.kind}, and no socket"
         with _borrowed(handle) as sock:
-            if (sock.family, sock.type) != (self.family, self.type):
-                return False
+            if sock.type != self.type:
+                return f"a socket of {_name_of(sock.type)}, and {_name_of(self.type)} was asked for"
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            return bool(listens) == (self.type != socket.SOCK_DGRAM)
+            return (
+                None if bool(listens) == (self.type != socket.SOCK_DGRAM) else "a socket that does not listen"
+            )
 
     def fits(self, handle: FdHandle, theirs: Spec) -> bool:
-        """Whether ``handle``, made for ``theirs``, may serve for this spec: the same address, or one that it resolves to."""
-        if not self.suits(handle):
+        """Whether ``handle``, made for ``theirs``, may serve for this spec.
+
+        The address must be the same, or one that it resolves to, unless it is a service manager's affair.
+        """
+        if self.misfit(handle):
             return False
-        if (self.host, self.port) == (theirs.host, theirs.port):
+        if theirs.given:
             return True
-        if self.is_unix or self.port == 0:
-            return False
+        same = (self.host, self.port) == (theirs.host, theirs.port)
+        with _borrowed(handle) as sock:
+            return sock.family == self.family and (same or self._resolves_to(sock.getsockname()))
+
+    def likeness(self, handle: FdHandle) -> int:
+        """Return how much a socket that may serve is like what is asked for: 2 for the address, 1 for the family alone."""
         with _borrowed(handle) as sock:
             bound = sock.getsockname()
+            if sock.family != self.family:
+                return 0
+        if self.is_unix:
+            return 1 + (os.fsdecode(bound) == self.host)
+        return 1 + (bound[:2] == (self.host, self.port) or self._resolves_to(bound))
+
+    def _resolves_to(self, bound: Any) -> bool:
+        if self.is_unix or self.port == 0:
+            return False
         try:
             # As bytes: of text the codec "idna" would be imported, after a change of root or user perhaps.
             host = self.host.encode() if self.host.isascii() else self.host
@@ -199,6 +224,13 @@ def identity_of(value: object) -> socketfile.Identity | None:
     ):
         return value[0], value[1]
     raise ProtocolError(f"the predecessor says that a socket is the file {value!r}")
+
+
+def _name_of(type: int) -> str:
+    try:
+        return socket.SocketKind(type).name
+    except ValueError:
+        return f"type {type}"
 
 
 def _check(type: int) -> None:

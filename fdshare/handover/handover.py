@@ -142,7 +142,8 @@ class Handover(Closing):
         """Return a listening socket: the predecessor's, the service manager's, or a new one.
 
         The predecessor's is taken where its name and address are the same (port 0 fits the port it was given).
-        What systemd started this process with (``LISTEN_FDS``) is taken by name alone: the unit says the address.
+        What systemd started this process with (``LISTEN_FDS``) is taken by name alone: the unit says the address, of any family,
+        as [::]:80 or a path; of several of one name, what is most like the address given here.
 
         Args:
             name: what it is called in all generations, and in systemd's unit (``FileDescriptorName=``).
@@ -154,7 +155,7 @@ class Handover(Closing):
 
         Raises:
             ValueError: a bad name, type or port, or a name that was used before.
-            HandoverError: this process is ready already.
+            HandoverError: this process is ready already, or what systemd calls so is a socket of another type, or none.
             OSError: as bind(2).
         """
         return self._listen(name, Spec.inet(host, port, type, backlog, reuse_port))
@@ -276,6 +277,7 @@ class Handover(Closing):
             states = self._predecessor.commit(self._listeners.taken(), list(final), self._adopt)
         self._phase = _Phase.SERVING
         self._gate.move(GateState.OPEN)
+        self._listeners.warn_of_unwanted()
         unwanted = self._listeners.close_unwanted()  # before others succeed, who may want these addresses
         try:
             self._door.open()

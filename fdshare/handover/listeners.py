@@ -11,6 +11,7 @@ import attrs
 from fdshare.handle import FdHandle
 from fdshare.handover import protocol, systemd
 from fdshare.handover.binding import Spec, check_name
+from fdshare.handover.errors import HandoverError
 from fdshare.handover.gate import Gate
 from fdshare.handover.gated import HandoverSocket, gated
 from fdshare.handover.succession import Offer
@@ -56,6 +57,7 @@ class Listeners:
 
         Raises:
             ValueError: a bad name, or one too many.
+            HandoverError: what the service manager gave cannot serve.
             OSError: as bind(2).
         """
         check_name(name)
@@ -65,9 +67,7 @@ class Listeners:
             raise ValueError(f"one server has at most {protocol.MAX_LISTENERS} listeners (MAX_LISTENERS)")
         handle, spec, origin = self._find(name, spec)
         with handle:
-            sock = gated(
-                handle, self._gate, name, spec.host if spec.is_unix and origin != "inherited" else ""
-            )
+            sock = gated(handle, self._gate, name, spec.shown_path)
         self._held[name] = _Held(sock, spec, origin)
         return sock
 
@@ -75,12 +75,39 @@ class Listeners:
         offered = self._offer.listeners if self._offer is not None else {}
         if name in offered and spec.fits(offered[name][1], offered[name][0]):
             theirs, handle = offered.pop(name)
-            return handle, attrs.evolve(spec, identity=theirs.identity), "taken"
-        for place, (label, handle) in enumerate(self._inherited):
-            if label == name and spec.suits(handle):
-                del self._inherited[place]
-                return handle, spec, "inherited"
-        return *spec.bind(), "bound"
+            return handle, attrs.evolve(spec, identity=theirs.identity, given=theirs.given), "taken"
+        inherited = self._find_inherited(name, spec)
+        if inherited is not None:
+            return inherited, attrs.evolve(spec, given=True), "inherited"
+        try:
+            return *spec.bind(), "bound"
+        except OSError as error:
+            if self._inherited:
+                names = ", ".join(sorted({repr(label) for label, _ in self._inherited}))
+                error.add_note(
+                    f"The service manager hands over {names}, and nothing called {name!r}: "
+                    "FileDescriptorName= in the unit of the socket says what it is called."
+                )
+            raise
+
+    def _find_inherited(self, name: str, spec: Spec) -> FdHandle | None:
+        """Take what the service manager calls ``name``, at whatever address; of several what is most like ``spec``.
+
+        Raises:
+            HandoverError: there is something, and it cannot serve.
+        """
+        places = [place for place, (label, _) in enumerate(self._inherited) if label == name]
+        if not places:
+            return None
+        misfits = {place: spec.misfit(self._inherited[place][1]) for place in places}
+        usable = [place for place in places if misfits[place] is None]
+        if not usable:
+            raise HandoverError(
+                f"what the service manager hands over as {name!r} is {misfits[places[0]]}: "
+                "correct its unit, or what is listened for; inherited() takes anything"
+            )
+        best = max(usable, key=lambda place: spec.likeness(self._inherited[place][1]))
+        return self._inherited.pop(best)[1]
 
     def take_inherited(self, name: str) -> FdHandle | None:
         """Take what the service manager calls ``name``; None where there is nothing of that name (any more)."""
@@ -109,6 +136,12 @@ class Listeners:
             protocol.close_handles(handles)
             raise
         return handles
+
+    def warn_of_unwanted(self) -> None:
+        """Say which sockets of the service manager nobody has asked for: whoever connects there would wonder."""
+        for label, handle in self._inherited:
+            if label not in self._held or self._held[label].origin == "inherited":
+                logger.warning("the service manager's %r is not used, and closed: %r", label, handle)
 
     def close_unwanted(self) -> list[str]:
         """Close what was offered or inherited, and nobody asked for; return the names that are used no more, or anew."""
