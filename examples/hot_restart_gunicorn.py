@@ -43,6 +43,7 @@ class Application:
 def main() -> int:
     parser = argparse.ArgumentParser(description="a WSGI server that restarts without losing a request")
     parser.add_argument("--port", type=int, default=0, help="0 (default): any free one")
+    parser.add_argument("--uds", help="the path of a socket in place of a port")
     parser.add_argument(
         "--control",
         default=os.path.join(tempfile.gettempdir(), f"hot-restart-gunicorn-{os.getuid()}"),
@@ -58,6 +59,7 @@ def main() -> int:
             "as_I_was_told:to_crash" if options.crash else Application(options.greeting),
             options.control,
             port=options.port,
+            uds=options.uds,
             workers=options.workers,
             threads=4,
             worker_class=options.worker_class,

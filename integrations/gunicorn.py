@@ -1,4 +1,4 @@
-"""gunicorn, restarted without losing a request: ``run("app:app", control, host=..., port=...)``.
+"""gunicorn, restarted without losing a request: ``run("app:app", control, host=..., port=...)``, or ``uds=...`` for a path.
 
 A second process with the same ``control`` takes the socket over once it has imported the application, and the first one's
 workers finish what they have.  gunicorn's own way, USR2, starts the new master as a child of the old one and leaves it to the
@@ -15,6 +15,7 @@ import functools
 import logging
 import os
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -32,6 +33,7 @@ def run(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    uds: str | None = None,
     name: str = "http",
     **settings: Any,
 ) -> None:
@@ -43,6 +45,8 @@ def run(
         app: the application, or where it is: ``"module:name"``.
         control: the path by which generations find each other.
         host, port: where to listen.
+        uds: the path of an AF_UNIX socket in their place; its file stays the same over restarts, and has mode 0666 but for
+            gunicorn's ``umask``.
         name: of the listener, as systemd's unit may call it.
         settings: gunicorn's, but for ``bind``; ``preload_app`` is always on, since an application that cannot be imported must
             not succeed one that can.
@@ -54,20 +58,34 @@ def run(
     """
     for refused in ("bind", "reuse_port"):
         if refused in settings:
-            raise ValueError(f"{refused} is the handover's affair: say host and port")
+            raise ValueError(f"{refused} is the handover's affair: say host and port, or uds")
     with Handover(control) as handover:
-        sock = handover.listen(name, host, port)
+        if uds is None:
+            sock = handover.listen(name, host, port)
+        else:
+            sock = handover.listen_unix(name, uds, mode=0o666 & ~_umask(settings))
         _application_class()(app, handover, sock, settings).run()
+
+
+def _umask(settings: dict[str, Any]) -> int:
+    """Return gunicorn's setting, which may be text, as its own parser reads it."""
+    umask = settings.get("umask", 0)
+    return int(umask, 0) if isinstance(umask, str) else int(umask)
 
 
 @functools.cache
 def _application_class() -> Any:
     from gunicorn.app.base import BaseApplication
     from gunicorn.arbiter import Arbiter
+    from gunicorn.sock import UnixSocket
     from gunicorn.util import import_app
 
     class HandoverArbiter(Arbiter):  # type: ignore[misc]
         def start(self) -> None:
+            if self.app.sock.family == socket.AF_UNIX:
+                # gunicorn would ask the kernel for the path, which remembers where the socket was made.
+                path, (number,) = self.app.sock.getsockname(), self.cfg.address
+                self.LISTENERS = [UnixSocket(path, self.cfg, self.log, fd=number)]
             super().start()
             self.systemd = True  # the file of a socket is not gunicorn's to remove
             handover: Handover = self.app.handover

@@ -129,6 +129,56 @@ def test_generations_of_the_gunicorn_example(tmp_path: Path, stack: ExitStack) -
     assert not (tmp_path / "control").exists()
 
 
+def ask_at(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(TIMEOUT)
+        sock.connect(os.fspath(path))
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        with sock.makefile("rb") as words:
+            return read_answer(words).decode()
+
+
+def test_gunicorn_at_a_path_keeps_the_file(tmp_path: Path, stack: ExitStack) -> None:
+    pytest.importorskip("gunicorn")
+    path, control = tmp_path / "app.sock", tmp_path / "control"
+    arguments = ["--uds", path, "--control", control, "--workers", 1]
+    first = stack.enter_context(Program("hot_restart_gunicorn.py", *arguments, "--greeting", "first"))
+    first.wait_for(f"Listening at: unix:{path} ")
+    first.wait_for("Booting worker")
+    assert ask_at(path).startswith("first from ")
+    found = path.stat()
+    assert found.st_mode & 0o777 == 0o666
+    second = stack.enter_context(Program("hot_restart_gunicorn.py", *arguments, "--greeting", "second"))
+    second.wait_for("Booting worker")
+    assert first.ended() == 0, first.output
+    assert path.stat().st_ino == found.st_ino
+    assert ask_at(path).startswith("second from ")
+    second.process.send_signal(signal.SIGUSR2)  # the third is its own doing, and nobody's child
+    second.wait_for("Started a successor")
+    second.wait_for("Booting worker")
+    assert path.stat().st_ino == found.st_ino
+    third = int(re.findall(r"Started a successor \(pid: (\d+)\)", second.output)[0])
+    assert ask_at(path).startswith("second from ")  # its greeting
+    os.kill(third, signal.SIGTERM)
+    second.ended()
+    assert not path.exists()
+    assert not control.exists()
+
+
+def test_gunicorns_umask_is_that_of_the_path(tmp_path: Path, stack: ExitStack) -> None:
+    pytest.importorskip("gunicorn")
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import sys\nfrom fdshare.integrations import gunicorn\n"
+        "gunicorn.run(lambda environ, start: [], sys.argv[1], uds=sys.argv[2], umask='0o027')\n"
+    )
+    program = stack.enter_context(Program(os.fspath(script), tmp_path / "control", tmp_path / "sock"))
+    program.wait_for("Booting worker")
+    assert (tmp_path / "sock").stat().st_mode & 0o777 == 0o640
+    program.process.terminate()
+    assert program.ended() == 0
+
+
 def read_answer(words: object) -> bytes:
     """Read one answer off a connection; return its body."""
     length = 0

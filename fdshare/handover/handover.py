@@ -380,7 +380,8 @@ class Handover(Closing):
         """Start the next generation: this very command again, or another one; for a handler of SIGHUP.  Takes some 30 ms.
 
         It is no child of this process, but of init, or of systemd, which hears of its end.  What was handed to this process by
-        systemd is not handed on.
+        systemd is not handed on.  The same command begins in the directory in which this process did, by the name that the shell
+        has left in PWD, so that a relative path in it is found, and is the new release's where that name is a link to one.
 
         Args:
             command: program and arguments; None for those of this process.
@@ -389,7 +390,7 @@ class Handover(Closing):
             its pid.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: it cannot be started; without a command also where the program was read from standard input.
         """
         return spawn.start(command)
 
