@@ -38,7 +38,7 @@ from typing import Any
 
 import attrs
 
-from fdshare import rights
+from fdshare import locks, rights
 from fdshare.credentials import peer_credentials
 from fdshare.handle import HandleList
 from fdshare.rendezvous import listen, remove
@@ -87,7 +87,7 @@ TOKEN_SIZE = 16
 GIVEN, BUNDLED, UNKNOWN, DENIED, BUSY = b"G", b"B", b"U", b"D", b"R"
 
 # One lock for the state of the broker.  A fork waits for it, so the child finds every descriptor where it belongs.
-_lock = threading.RLock()
+_lock = locks.make_rlock()
 
 
 @attrs.define(eq=False)
@@ -455,7 +455,7 @@ _at_exit = _AtExit()
 
 def _after_fork() -> None:
     global _lock, _broker, _at_exit
-    old, _lock = _broker, threading.RLock()
+    old, _lock = _broker, locks.make_rlock()
     _broker = Broker(lease=old.lease)
     atexit.unregister(_at_exit)
     _at_exit = _AtExit()

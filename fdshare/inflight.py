@@ -15,13 +15,13 @@ import select
 import socket
 import sys
 import termios
-import threading
 import time
 import weakref
 from collections import deque
 from itertools import starmap
 from typing import Protocol
 
+from fdshare import locks
 from fdshare.errors import ClosedError
 
 __all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation", "unread_bytes"]
@@ -90,7 +90,7 @@ class InFlight:
         self._flying: deque[int] = deque()  # sizes of segments, oldest first
         self._flying_bytes = 0
         self._reserved: weakref.WeakSet[Reservation] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = locks.make_lock()
 
     def unread(self) -> int:
         """Return how much sent data the receivers have not taken, as the kernel accounts for it.

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from itertools import repeat, starmap
 from typing import Any
 
-from fdshare import memory
+from fdshare import locks, memory
 from fdshare.errors import DecodeError
 from fdshare.handle import own
 from fdshare.travelling import Kept, keep
@@ -274,11 +274,11 @@ class _Inside:
     __slots__ = ("__weakref__", "lock", "thread")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = locks.make_lock()
         self.thread = 0
 
 
-_guard = threading.Lock()  # of the next one
+_guard = locks.make_lock()  # of the next one
 _insides: weakref.WeakValueDictionary[tuple[int, int], _Inside] = weakref.WeakValueDictionary()
 _file_mutexes: weakref.WeakSet[FileMutex] = weakref.WeakSet()
 
@@ -397,7 +397,7 @@ class FileMutex(Mutex):
 
 def _after_fork() -> None:
     global _guard
-    _guard = threading.Lock()
+    _guard = locks.make_lock()
     _insides.clear()
     for mutex in list(_file_mutexes):
         mutex.forked()

@@ -34,13 +34,12 @@ import math
 import mmap
 import os
 import select
-import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fdshare import system
+from fdshare import locks, system
 from fdshare.handle import FdHandle, Handles, own
 
 __all__ = ["give_up", "idly", "kept", "leave", "lease", "most_kept", "poll_idly", "trim_unused"]
@@ -164,7 +163,7 @@ class _Segment:
             view = view[count:]
 
 
-_lock: Any = threading.RLock()
+_lock: Any = locks.make_rlock()
 """Of all that follows.  Signal handlers and the garbage collector may run in the middle of a call that has it, and must not
 wait for that call, nor find things half done: see :func:`_is_inside`."""
 
@@ -318,7 +317,7 @@ def _trim_at_collection(phase: str, info: dict[str, int]) -> None:
 def _forget_after_fork() -> None:
     """The child shares the parent's descriptions, so it could not tell the parent's lease from its own."""
     global _lock
-    _lock = threading.RLock()
+    _lock = locks.make_rlock()
     _users.clear()
     _clear()
 

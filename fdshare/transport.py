@@ -23,13 +23,12 @@ import os
 import select
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from itertools import repeat, starmap
 from typing import Any, NamedTuple, Protocol
 
-from fdshare import memory, recycle, rights, system, wire
+from fdshare import locks, memory, recycle, rights, system, wire
 from fdshare.errors import (
     AccessDeniedError,
     ClosedError,
@@ -148,8 +147,8 @@ class Transport:
     # A connection of a few messages needs none of these, which take longer to make than all the rest.
     in_flight = OnFirstUse(lambda transport: InFlight(transport, transport._max_inflight))
     arrivals_now = OnFirstUse(lambda transport: transport._arrivals(rights.NOW))
-    _reading = OnFirstUse(lambda transport: threading.RLock())
-    _writing = OnFirstUse(lambda transport: threading.RLock())
+    _reading = OnFirstUse(lambda transport: locks.make_rlock())
+    _writing = OnFirstUse(lambda transport: locks.make_rlock())
 
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         self.sock = sock

@@ -30,6 +30,8 @@ IO_MODULES = {"socket", "_socket", "threading", "_thread", "asyncio", "select", 
 SOCKET_CALLS = {"sendmsg", "sendmsg_afalg", "recvmsg", "recvmsg_into"}
 SOCKET_CALLERS = ("rights", "datagrams", "vouched", "transport", "transports")
 
+LOCK_MAKERS = ("fdshare.locks", "fdshare.testing")
+
 HEAVY = ("asyncio", "numpy", "multiprocessing", "argparse", "concurrent.futures")
 
 Rank = tuple[float, int]  # row, and the place inside the row: a module may import from those named before it
@@ -144,6 +146,17 @@ def socket_call_violations(sources: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def lock_violations(sources: Mapping[str, str]) -> list[str]:
+    """Return a line for each lock that is made past ``locks.py``, and so cannot be relied on in CPython 3.14."""
+    return [
+        f"{module}:{node.lineno} makes a lock of threading: use fdshare.locks"
+        for module, source in sources.items()
+        if module not in LOCK_MAKERS and not module.startswith("fdshare.integrations.")
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("threading.Lock", "threading.RLock")
+    ]
+
+
 def long_files(sources: Mapping[str, str]) -> list[str]:
     """Return a line for each file that is too long to have one job."""
     lengths = {module: source.count("\n") for module, source in sources.items()}
@@ -214,6 +227,10 @@ def test_only_transport_moves_descriptors() -> None:
     sources = read_package()
     assert {f"fdshare.{name}" for name in SOCKET_CALLERS} <= set(sources)
     assert socket_call_violations(sources) == []
+
+
+def test_locks_are_made_in_one_place() -> None:
+    assert lock_violations(read_package()) == []
 
 
 def test_files_stay_short() -> None:
@@ -314,6 +331,14 @@ def test_io_in_the_codec_is_found(source: str) -> None:
 def test_descriptor_call_outside_transport_is_found(source: str) -> None:
     assert len(socket_call_violations({"fdshare.channel": source})) == 1
     assert socket_call_violations({"fdshare.transport": source}) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["lock = threading.Lock()", "def f(self):\n    self.lock = threading.RLock()"]
+)
+def test_bare_lock_is_found(source: str) -> None:
+    assert len(lock_violations({"fdshare.channel": source})) == 1
+    assert lock_violations({"fdshare.locks": source}) == []
 
 
 def test_long_file_is_found() -> None:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
+from fdshare import locks
 from fdshare.channel import Channel
 from fdshare.credentials import Policy
 from fdshare.endpoint import Listener
@@ -112,7 +113,7 @@ class Door:
         self._patience = patience
         self._serving = False
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = locks.make_lock()
         self._decided = threading.Condition(self._lock)
         self._successor: Channel | None = None
         self._successor_pid = 0
@@ -418,7 +419,7 @@ class Door:
     def forget(self) -> None:
         """After a fork, in the child: close its copies."""
         self._closed = True
-        self._lock = threading.Lock()
+        self._lock = locks.make_lock()
         self._decided = threading.Condition(self._lock)
         self._signal.forget()
         self._listener.close()

@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
 
+from fdshare import locks
 from fdshare.errors import ClosedError
 from fdshare.handle import own_pipe
 from fdshare.handover.errors import RetiredError
@@ -53,7 +54,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.state = GateState.SHUT
-        self.lock = threading.Lock()
+        self.lock = locks.make_lock()
         """Held over each accept, and while the state changes."""
         self.kept: Collection[str] = ()
         """After RETIRED: the names of the sockets that the successor serves."""
@@ -123,7 +124,7 @@ class Gate:
 
     def forget(self) -> None:
         """After a fork, in the child: other threads' locks are gone, and its sockets are ordinary ones from now on."""
-        self.lock = threading.Lock()
+        self.lock = locks.make_lock()
         self._changed = threading.Condition(self.lock)
         self.state = GateState.OPEN if self.state is not GateState.CLOSED else self.state
         signal, self._signal = self._signal, None
@@ -139,7 +140,7 @@ class Signal:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = locks.make_lock()
         self._borrowers = 0
         self._open = True
         self.is_set = False
@@ -194,7 +195,7 @@ class Signal:
 
     def forget(self) -> None:
         """After a fork, in the child: close its copies."""
-        self._lock = threading.Lock()
+        self._lock = locks.make_lock()
         self._open, self._borrowers = False, 0
         self._close_if_done()
 

@@ -7,11 +7,11 @@ import enum
 import logging
 import os
 import socket
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from fdshare import locks
 from fdshare.addresses import Address, listen_fds
 from fdshare.closing import Closing
 from fdshare.credentials import Policy, same_user
@@ -96,7 +96,7 @@ class Handover(Closing):
         self._patience = successor_timeout
         self._adopt = adopt
         self._phase = _Phase.INITIALISING
-        self._lock = threading.Lock()
+        self._lock = locks.make_lock()
         self._gate = Gate()
         self._door: Door | None = None
         self._predecessor: Predecessor | None = None
@@ -431,7 +431,7 @@ class Handover(Closing):
 
     def _forget(self) -> None:
         """After a fork, in the child: the listening sockets are ordinary ones, and everything else is the parent's."""
-        self._lock = threading.Lock()
+        self._lock = locks.make_lock()
         phase, self._phase = self._phase, _Phase.CLOSED
         if phase is _Phase.CLOSED:
             return

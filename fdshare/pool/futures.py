@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
-from _thread import RLock, allocate_lock
+from _thread import allocate_lock
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import _base as states
 from typing import TYPE_CHECKING, Any
 
-from fdshare import parcel
+from fdshare import locks, parcel
 from fdshare.pool.leading import lead
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class TaskFuture(Future[Any]):
     def __init__(self, pool: Pool) -> None:  # not the standard one's, see above
         self._pool = pool
         self._number = pool.futures = pool.futures + 1
-        self._lock = RLock()
+        self._lock = locks.make_rlock()
         self._state = _PENDING
         self._result: Any = None
         self._exception: BaseException | None = None

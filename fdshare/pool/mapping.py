@@ -10,6 +10,7 @@ import itertools
 import threading
 import time
 import weakref
+from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ class _Sleeper:
     __slots__ = ("awaited", "lock")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = allocate_lock()
         self.lock.acquire()
         self.awaited: Slot | None = None
 

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fdshare import parcel
+from fdshare import locks, parcel
 from fdshare.errors import FdLimitError
 from fdshare.pool.backlog import LARGE
 from fdshare.pool.leading import STREAK, Leaders
@@ -62,8 +62,8 @@ class Pool(Leaders):
         self.max_tasks = max_tasks
         self.restart = restart
         # Reentrant: a finalizer or a signal handler may submit in the middle of a submit.
-        self.lock = threading.RLock()
-        self.launching = threading.Lock()
+        self.lock = locks.make_rlock()
+        self.launching = locks.make_lock()
         self.pending: deque[Task] = deque()
         self.workers: dict[int, Worker] = {}
         self.nascent: list[Worker] = []
@@ -444,8 +444,8 @@ class Pool(Leaders):
     def abandon(self) -> None:
         """In a forked child: let go of everything, which is the parent's."""
         self.abandoned = True
-        self.lock = threading.RLock()
-        self.launching = threading.Lock()
+        self.lock = locks.make_rlock()
+        self.launching = locks.make_lock()
         if self.forking is not None:
             thread, fds, owners = self.forking
             if thread == threading.get_ident():

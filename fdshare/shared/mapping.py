@@ -25,13 +25,12 @@ import mmap
 import operator
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fdshare import memory
+from fdshare import locks, memory
 from fdshare.errors import DecodeError, SealError
 from fdshare.handle import FdHandle, hand_over
 
@@ -179,17 +178,17 @@ _starts: list[int] | None = []
 _sweep_at = 64
 """Entries from which on the dead ones are swept: twice what was alive the last time, so that sweeping costs little."""
 
-_changing = threading.RLock()
+_changing = locks.make_rlock()
 """Held while the tables change."""
-_sealing = threading.RLock()
+_sealing = locks.make_rlock()
 """Held while a mapping is replaced, and by whoever takes one that others hold: what was taken before is counted as a
 reference.  Taken before the other."""
 
 
 def _after_fork() -> None:
     global _changing, _sealing
-    _changing = threading.RLock()  # another thread of the parent may have held it
-    _sealing = threading.RLock()
+    _changing = locks.make_rlock()  # another thread of the parent may have held it
+    _sealing = locks.make_rlock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
