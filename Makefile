@@ -16,7 +16,7 @@ PYTEST_FLAGS ?= -n auto --dist worksteal
 FITS = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # The first that is new enough and can make an environment; running it is the test, since a version manager's shim may exist
 # for a Python that is switched off.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python3.15 python; do \
 	$$p -c '$(FITS)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 BIN = $(VENV)/bin

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from helpers import TRANSPORTS, requires_seqpacket
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fdshare
 from fdshare import Channel, memory, recycle, system
@@ -37,8 +38,14 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_finish() -> None:
     """What was loaded to find the tests is not looked at by the collector again, which took a fifth of the time of them all."""
+    _prepare_hypothesis()
     gc.collect()
     gc.freeze()
+
+
+@given(st.none())
+def _prepare_hypothesis(nothing: None) -> None:
+    """Have it make its generator of random numbers: it asks the collector who refers to that, which overlooks what is frozen."""
 
 
 @pytest.fixture(autouse=True)

@@ -93,9 +93,14 @@ def with_the_file(helper: Channel, path: str) -> dict[str, str]:
         }
 
 
-def descriptors(channel: int) -> list[int]:
-    """The numbers that are open, beside those of the standard streams and the channel."""
-    return [fd for fd in range(1024) if fd > 2 and fd != channel and tried(os.fstat, fd) != "EBADF"]
+def of_ctypes() -> list[int]:
+    """The descriptor of libffi, if any: from 3.5 on it keeps the file it was loaded from open, once ctypes is imported."""
+    return [fd for fd in range(1024) if "libffi.so" in tried(os.readlink, f"/proc/self/fd/{fd}")]
+
+
+def descriptors(*own: int) -> list[int]:
+    """The numbers that are open, beside those of the standard streams and its own."""
+    return [fd for fd in range(1024) if fd > 2 and fd not in own and tried(os.fstat, fd) != "EBADF"]
 
 
 def paths(allowed: str, secret: str) -> list[str]:
@@ -158,11 +163,12 @@ def end(helper: Channel) -> str:
 
 def main() -> None:
     mode, allowed, secret, pid, channel = sys.argv[1:4] + [int(argument) for argument in sys.argv[4:6]]
+    own = [channel, *of_ctypes()]
     with Channel(socket.socket(fileno=channel), codec=privsep.AT_THE_WORKER) as helper:
         privsep.confine()
         report: dict[str, Any] = {}
         if mode == "ask":
-            report["descriptors"] = descriptors(channel)
+            report["descriptors"] = descriptors(*own)
             report["alone"] = alone(pid)
             report["good"] = [
                 ask(helper, f"{allowed}/{name}") for name in ("plain", "sub/deep", "./sub//deep")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -24,7 +25,8 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def pool() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(2) as executor:
+    # Forked: in a worker that imports this module, uvloop opens the pipe that it keeps.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as executor:
         executor.submit(os.getpid).result()
         yield executor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import socket
 import ssl
@@ -377,7 +378,7 @@ def test_argument_of_a_pool(pair: Pair) -> None:
             assert await theirs[0].read() == b"unread xfrom the pool\n"
             moved.close()
 
-    with ProcessPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         pool.submit(os.getpid).result()  # a worker that was forked later would have inherited the connection
         run_in("asyncio", main, pool)
 

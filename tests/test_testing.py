@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import METHODS, QUICK_METHODS
+from helpers import METHODS, QUICK_METHODS, requires_proc
 
 import fdshare.testing as testing
 from fdshare.handle import FdHandle
@@ -62,6 +62,39 @@ def test_replaced_descriptor_is_found(tmp_path: Path) -> None:
         os.close(other)
     os.close(reader)
     os.close(writer)
+
+
+LIBFFI = """
+import os, sys
+from fdshare.leaks import LeakError, leak_check
+
+def open_code(flags=os.O_RDONLY):
+    # As libffi does where it is part of the program.
+    return os.open(os.path.realpath("/proc/self/exe"), flags | os.O_CLOEXEC)
+
+def leaks_of(action, *arguments):
+    try:
+        with leak_check(grace=0.05, closed=True):
+            action(*arguments)
+    except LeakError as error:
+        return len(error.leaks)
+    return 0
+
+assert "_ctypes" not in sys.modules
+assert leaks_of(lambda: (open_code(), open_code())) == 1
+assert leaks_of(open_code) == 1
+assert leaks_of(os.open, "/dev/null", os.O_RDONLY) == 1
+assert leaks_of(os.closerange, 3, 10) > 0
+
+import ctypes
+assert leaks_of(lambda: (ctypes.CDLL(None).getpid(), ctypes.CFUNCTYPE(None)(print))) == 0
+"""
+
+
+@requires_proc
+def test_descriptor_that_libffi_keeps_is_no_leak() -> None:
+    """One read-only descriptor of a file whose code runs here; a second one is a leak, and so is to close the first."""
+    subprocess.run([sys.executable, "-c", LIBFFI], check=True, timeout=30)
 
 
 def test_descriptor_closed_for_somebody_else_is_found() -> None:
