@@ -19,7 +19,8 @@ import pytest
 from handovers import SOON, Bare, ask, first, listen, port_of
 
 from fdshare import AccessDeniedError, PeerClosedError, users
-from fdshare.handover import Handover, RetiredError, door
+from fdshare.handover import Handover, HandoverError, RetiredError, door, protocol, spoken
+from fdshare.handover.spoken import Pickle
 
 NOBODY = 65534
 pytestmark = [
@@ -231,6 +232,23 @@ def test_a_pickle_from_a_successor_is_not_loaded(path: Path) -> None:
         assert bare.ended()
         assert not proof.exists()
         assert not old.retired.is_set()
+
+
+def test_nothing_large_is_taken_before_it_is_asked_for(path: Path) -> None:
+    """A segment of terabytes, most of it a hole, would be copied."""
+
+    def large(channel: Any, kind: str, **fields: Any) -> None:
+        send(channel, kind, more=Pickle(bytes(spoken.MAX_TEXT + 1)) if kind == "offer" else None, **fields)
+
+    send = protocol.send
+    with first(path) as (old, _):
+        assert old._door is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(door.protocol, "send", large)
+            with pytest.raises(HandoverError, match=r"max_bytes|without pickles"):
+                Handover(path)
+        with Handover(path) as new:
+            assert new.predecessor == os.getpid()
 
 
 # who drops its privileges, and is restarted --------------------------------------------------------------------------

@@ -176,7 +176,12 @@ class Spec:
             return True
         same = (self.host, self.port) == (theirs.host, theirs.port)
         with _borrowed(handle) as sock:
-            return sock.family == self.family and (same or self._resolves_to(sock.getsockname()))
+            if sock.family != self.family:
+                return False
+            bound = sock.getsockname()
+        if same and self.port:
+            same = bound[1] == self.port
+        return same or self._resolves_to(bound)
 
     def likeness(self, handle: FdHandle) -> int:
         """Return how much a socket that may serve is like what is asked for: 2 for the address, 1 for the family alone."""

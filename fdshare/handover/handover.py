@@ -126,8 +126,8 @@ class Handover(Closing):
 
     @property
     def predecessor(self) -> int | None:
-        """The pid of the process before; None where this is the first."""
-        return None if self._predecessor is None else self._predecessor.offer.pid
+        """The pid of the process before, by the kernel's word; None where this is the first, or where it has no number here."""
+        return None if self._predecessor is None else self._predecessor.offer.pid or None
 
     def listen(
         self,

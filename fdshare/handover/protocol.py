@@ -50,10 +50,20 @@ from fdshare.channel import Channel
 from fdshare.credentials import Policy
 from fdshare.errors import AccessDeniedError, DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle
-from fdshare.handover.spoken import Message, Pickled
+from fdshare.handover.spoken import PLAIN, Message, Pickled
 from fdshare.vouched import vouched
 
-__all__ = ["MAX_LISTENERS", "VERSIONS", "hold_to", "load", "receive", "send", "sender", "shut"]
+__all__ = [
+    "MAX_LISTENERS",
+    "VERSIONS",
+    "hold_to",
+    "load",
+    "receive",
+    "send",
+    "sender",
+    "shut",
+    "take_pickles",
+]
 
 VERSIONS = (1,)
 """Those that this implementation speaks; the predecessor picks the highest that both do."""
@@ -76,8 +86,16 @@ def hold_to(channel: Channel, allow: Policy) -> None:
     transport._read_with(transport._control)
 
 
+def take_pickles(channel: Channel, taken: bool) -> None:
+    """Say whether values that are pickled, of any size, may come: not before somebody has asked for them."""
+    channel._transport.limits = None if taken else PLAIN
+
+
 def sender(channel: Channel) -> int:
-    """Return the pid of who has sent the last message; where the system does not tell, of who has connected, or 0."""
+    """Return the pid of who has sent the last message; where the system does not tell, of who has connected.
+
+    0 where there is none: in another PID namespace, say.
+    """
     last = getattr(channel._transport.sock, "sender", None)
     try:
         return int((last or channel.peer).pid)

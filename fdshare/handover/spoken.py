@@ -21,15 +21,16 @@ from typing import Any
 
 import attrs
 
+from fdshare import wire
 from fdshare.codec import Incoming, Outgoing, PickleCodec
 from fdshare.errors import DecodeError, MessageTooLargeError
 from fdshare.handle import FdHandle, Handles
 from fdshare.limits import Limits
 
-__all__ = ["OF_PREDECESSORS", "OF_SUCCESSORS", "Message", "Pickle", "Pickled"]
+__all__ = ["OF_PREDECESSORS", "OF_SUCCESSORS", "PLAIN", "Message", "Pickle", "Pickled"]
 
-MAX_TEXT = 64 << 20
-"""Bytes of the plain part of a message: an offer of 4096 listeners, each with the longest name and path, has a third of it."""
+MAX_TEXT = 8 << 20
+"""Bytes of the plain part of a message: 2 KiB for each of 4096 listeners."""
 
 MAX_QUESTION = 64 << 10
 """Bytes of what a successor says: all that fits into one packet, so that it has no use for descriptors, and none are let in."""
@@ -162,3 +163,6 @@ OF_PREDECESSORS = _Codec(Limits(MAX_QUESTION, 0))
 
 OF_SUCCESSORS = _Codec(None)
 """What a successor speaks: states are of any size."""
+
+PLAIN = Limits(MAX_TEXT, wire.MAX_DESCRIPTORS)
+"""What a successor takes before its program has asked for anything that is pickled."""

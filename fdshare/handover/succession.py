@@ -67,6 +67,7 @@ class Offer:
     """What a predecessor gave: its listeners by name, which belong to the offer until they are taken."""
 
     pid: int
+    """0 where the kernel has no number for it here."""
     generation: int
     listeners: dict[str, tuple[Spec, FdHandle]]
     names: list[str] = attrs.field(init=False, factory=list)
@@ -106,6 +107,7 @@ class Predecessor:
             HandoverRevokedError, TimeoutError, DecodeError, ProtocolError: no state.
         """
         self._asked += 1
+        protocol.take_pickles(self.channel, True)
         try:
             protocol.send(self.channel, "state", name=name, number=self._asked)
             kind, fields = self._receive(timeout=timeout)
@@ -146,6 +148,8 @@ class Predecessor:
         """
         states: dict[str, Any] = {}
         try:
+            if final or adopt:
+                protocol.take_pickles(self.channel, True)
             places = [place for place, name in enumerate(self.offer.names) if name in set(kept)]
             protocol.send(self.channel, "ready", kept=places, final=final, adopt=adopt)
             _, fields = self._receive("go", timeout=GO_SECONDS)
@@ -213,6 +217,7 @@ def find(address: Address, allow: Policy, timeout: float | None) -> tuple[Contro
         if channel is not None:
             try:
                 protocol.hold_to(channel, allow)
+                protocol.take_pickles(channel, False)
                 found = _ask(channel, address, left)
             except BaseException:
                 channel.close()
@@ -264,13 +269,12 @@ def _read_offer(channel: Channel, address: Address, fields: dict[str, Any]) -> t
     with contextlib.ExitStack() as stack:
         stack.callback(protocol.close_handles, fields)
         listeners, control = fields.get("listeners"), fields.get("control")
-        pid, generation = fields.get("pid"), fields.get("generation")
+        pid, generation = protocol.sender(channel), fields.get("generation")
         identity = identity_of(fields.get("identity"))
         if not (
             isinstance(listeners, dict)
             and len(listeners) <= protocol.MAX_LISTENERS
             and isinstance(control, FdHandle)
-            and isinstance(pid, int)
             and isinstance(generation, int)
         ):
             raise ProtocolError("the predecessor's offer is not one")

@@ -61,8 +61,8 @@ def notify(*lines: str, fds: Iterable[HasFileno | int] = ()) -> bool:
 
 
 def serving(pid: int) -> list[str]:
-    """Return the lines that make ``pid`` the service's main process, ready."""
-    return [f"MAINPID={pid}", "READY=1"]
+    """Return the lines that make ``pid`` the service's main process, ready; 0 where it has no number here, and says so itself."""
+    return [f"MAINPID={pid}", "READY=1"] if pid else ["READY=1"]
 
 
 def reloading() -> list[str]:
