@@ -94,6 +94,8 @@ _lock = locks.make_rlock()
 class _Deposit:
     handles: HandleList
     expires: float
+    bundled: int = 0
+    """How many descriptors are in its only handle, a bundle; 0 where it is none."""
 
 
 @attrs.define(eq=False)
@@ -141,8 +143,11 @@ class Broker:
 
     # --- what the pickling and unpickling threads call ------------------------------------------------------------------
 
-    def deposit(self, handles: HandleList) -> tuple[str, bytes, int]:
+    def deposit(self, handles: HandleList, bundled: int = 0) -> tuple[str, bytes, int]:
         """Keep descriptors until they are fetched, taken or expired.
+
+        Args:
+            bundled: how many are in the only handle, where that is a bundle.
 
         Returns:
             the ticket: where, under which token, and how many.
@@ -154,26 +159,47 @@ class Broker:
             self._start()
             token = os.urandom(TOKEN_SIZE)
             expires = self.clock() + self.lease
-            self._deposits[token] = _Deposit(handles, expires)
+            self._deposits[token] = _Deposit(handles, expires, bundled)
             heapq.heappush(self._leases, (expires, token))
             self._idle_since = None
             if self._leases[0][1] == token:  # the thread may be asleep for longer
                 self._wake()
-            return self.address, token, len(handles)
+            return self.address, token, bundled or len(handles)
 
     def take(self, token: bytes) -> HandleList | None:
-        """Return what waits under ``token``, which is spent; None where there is nothing."""
+        """Return what waits under ``token``, which is spent; None where there is nothing.
+
+        Raises:
+            FdLimitError: no room for what is in a bundle; it waits on.
+        """
+        with _lock:
+            deposit = self._deposits.get(token)
+            if deposit is not None and deposit.bundled and not rights.has_room_for(deposit.bundled):
+                raise rights.limit_error(deposit.bundled)
+            deposit = self._withdraw(token)
+        if deposit is None:
+            return None
+        if deposit.expires <= self.clock():
+            deposit.handles.close()
+            return None
+        if deposit.bundled:
+            return rights.unbundle(deposit.handles.pop(), deposit.bundled)
+        return deposit.handles
+
+    def discard(self, token: bytes) -> None:
+        """Close what waits under ``token``, if anything does."""
+        deposit = self._withdraw(token)
+        if deposit is not None:
+            deposit.handles.close()
+
+    def _withdraw(self, token: bytes) -> _Deposit | None:
         with _lock:
             deposit = self._deposits.pop(token, None)
-            if deposit is None:
-                return None
-            if not self._deposits:
-                self._wake()
-            self._changed.notify_all()
-            if deposit.expires > self.clock():
-                return deposit.handles
-        deposit.handles.close()
-        return None
+            if deposit is not None:
+                if not self._deposits:
+                    self._wake()
+                self._changed.notify_all()
+            return deposit
 
     def expire(self) -> int:
         """Close what has waited beyond its lease; return how many deposits those were."""
@@ -344,7 +370,9 @@ class Broker:
             peer.sock.send(UNKNOWN)
             return
         try:
-            if len(deposit.handles) <= MAX_FDS_PER_PACKET:
+            if deposit.bundled:
+                rights.send_fds(peer.sock, [BUNDLED], deposit.handles)
+            elif len(deposit.handles) <= MAX_FDS_PER_PACKET:
                 rights.send_fds(peer.sock, [GIVEN], deposit.handles)
             else:
                 with rights.make_bundle([handle.fileno() for handle in deposit.handles]) as bundle:

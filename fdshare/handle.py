@@ -251,6 +251,9 @@ class FdHandle(Closing):
     def dup(cls, file_or_fd: HasFileno | int) -> FdHandle:
         """Duplicate a descriptor: the new handle owns the copy (close-on-exec), ``file_or_fd`` keeps its own.
 
+        When the copy is closed in this process, the kernel drops this process's record locks (``fcntl.lockf``) on the file, as
+        at any close; sending the file itself does not.
+
         Raises:
             OSError: not open (EBADF), or the descriptor limit is reached (EMFILE).
             TypeError: ``file_or_fd`` has no descriptor.

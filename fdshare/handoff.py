@@ -126,8 +126,12 @@ def reduce_outside(obj: object) -> tuple[Any, ...]:
             return rebuild_inherited, (payload, buffers, inherited)
         handles: HandleList = Handles()
         try:
-            handles.extend(map(FdHandle.dup, message.fds))
-            ticket = broker.current().deposit(handles)
+            bundle = rights.keep_in_flight(message.fds)
+            if bundle is None:
+                handles.extend(map(FdHandle.dup, message.fds))
+            else:
+                handles.append(bundle)
+            ticket = broker.current().deposit(handles, 0 if bundle is None else len(message.fds))
         except BaseException:
             handles.close()
             raise
@@ -208,9 +212,8 @@ _attempt = _Attempt()
 
 
 def _discard(token: bytes | None) -> None:
-    handles = None if token is None else broker.current().take(token)
-    if handles is not None:
-        handles.close()
+    if token is not None:
+        broker.current().discard(token)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ __all__ = [
     "seal",
     "send",
     "send_now",
+    "send_outgoing",
     "tag_of",
 ]
 
@@ -50,7 +51,7 @@ class Parcel:
     payload: list[Any]
     """Bytes-like pieces of what is in the packet itself."""
     handles: HandleList
-    """Its descriptors, the segment's last; closed with the parcel."""
+    """Its descriptors, the segment's last, or a bundle of them where the header says so; closed with the parcel."""
 
     def close(self) -> None:
         """Close what it owns: nobody will send or open it."""
@@ -65,6 +66,8 @@ def seal(
     tag: int,
     user: object = None,
     admit: Callable[[int], object] | None = None,
+    *,
+    again: bool = False,
 ) -> Message:
     """Give an encoded message its tag and descriptors of its own; what it borrowed is left to the caller.
 
@@ -73,6 +76,7 @@ def seal(
         tag: below 2**64.
         user: on whose behalf segments may be recycled, see ``recycle.lease``; None where they may not.
         admit: for an Outgoing, called with the bytes that it will take before they are spent; may wait, and raise.
+        again: whether it may have to be sent again after somebody has received it.
 
     Raises:
         FdLimitError, OSError: no descriptor left.
@@ -87,13 +91,23 @@ def seal(
     if parts is None and not message.fds:
         return b"".join([*payload, tag.to_bytes(_TAG_SIZE, "little")])
     handles: HandleList = Handles()
+    segments: HandleList = Handles()
     try:
-        handles.extend(map(FdHandle.dup, message.fds))
         if parts is not None:
             header, segment = plan.write_segment(user)
-            handles.append(segment)
+            segments.append(segment)
+        bundle = rights.keep_in_flight(message.fds, [segment.fileno() for segment in segments], again=again)
+        if bundle is None:
+            handles.extend(map(FdHandle.dup, message.fds))
+            handles += segments
+        else:
+            handles.append(bundle)
+            header = header._replace(flags=header.flags | wire.BUNDLE)
+            segments.close()
+        segments.release()
     except BaseException:
         handles.close()
+        segments.close()
         raise
     # A large buffer in the pickle is still the caller's memory, who may change it while the parcel waits.
     return Parcel(header, [piece if type(piece) is bytes else bytes(piece) for piece in payload], handles)
@@ -131,7 +145,30 @@ def send(channel: Channel, message: Message, deadline: float | None = None) -> N
         transport.send(header, (memoryview(message)[:size],), (), deadline)
         return
     fds = [handle.fileno() for handle in message.handles]
-    channel._with_bundle(message.header, message.payload, fds, deadline)
+    if message.header.flags & wire.BUNDLE:
+        transport.send(wire.pack(*message.header), message.payload, fds, deadline)
+    else:
+        channel._with_bundle(message.header, message.payload, fds, deadline)
+
+
+def send_outgoing(channel: Channel, message: Outgoing, tag: int, user: object = None) -> None:
+    """Send an encoded message with its tag at once: what it borrows is lent, and nothing of it duplicated here.
+
+    Args:
+        tag, user: as for :func:`seal`.
+
+    Raises:
+        PeerClosedError, ClosedError, FdLimitError, AccessDeniedError, NoSpaceError, MessageTooLargeError: nothing was sent.
+    """
+    header, payload, parts = plan = packets.plan(message, wire.MESSAGE, wire.MAX_INLINE, tag)
+    if parts is not None:
+        header, segment = plan.write_segment(user)
+        with segment:
+            channel._with_bundle(header, payload, [*message.fds, segment.fileno()], None)
+    elif message.fds:
+        channel._with_bundle(header, payload, message.fds, None)
+    else:
+        send(channel, b"".join([*payload, tag.to_bytes(_TAG_SIZE, "little")]))
 
 
 def send_now(channel: Channel, message: Message) -> bool:
@@ -146,10 +183,12 @@ def send_now(channel: Channel, message: Message) -> bool:
     return True
 
 
-def _message_of(header: wire.Header | None, payload: Any, handles: HandleList) -> Message:
+def _message_of(header: wire.Header | None, payload: Any, handles: HandleList, bundled: bool) -> Message:
     if header is None:
         return bytes(payload)
-    return Parcel(header._replace(flags=header.flags & ~wire.BUNDLE), [payload], handles)
+    if not bundled:
+        header = header._replace(flags=header.flags & ~wire.BUNDLE)
+    return Parcel(header, [payload], handles)
 
 
 def receive_bare_now(channel: Channel) -> bytes | None:
@@ -181,8 +220,11 @@ def has_arrived(channel: Channel) -> bool:
     return channel._transport.arrived is not None
 
 
-def receive_now(channel: Channel) -> Message | None:
+def receive_now(channel: Channel, *, to_send_on: bool = False) -> Message | None:
     """Take the next message if there is one; one thread at a time.
+
+    Args:
+        to_send_on: leave its descriptors in their bundle, as they are not for this process.
 
     Raises:
         PeerClosedError, ClosedError
@@ -197,10 +239,11 @@ def receive_now(channel: Channel) -> Message | None:
     transport = channel._transport
     with transport._reading:
         transport.check_open()
+        transport.keeps_bundles = to_send_on
         packet = transport._receive_now()
         if packet is not None:
             _forget_notices(transport)
-    return None if packet is None else _message_of(*packet)
+    return None if packet is None else _message_of(*packet, to_send_on)
 
 
 def _forget_notices(transport: Transport) -> None:

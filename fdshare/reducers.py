@@ -161,7 +161,8 @@ def register(type: type, *, reduce: Callable[[Any], tuple[Any, ...]]) -> None:
         type: a class; a subclass needs a registration of its own.
         reduce: called with the object at the sender, returns ``(function, args)`` as ``__reduce__`` would; ``args`` may
             hold files, sockets, FdHandles.  An ``FdHandle.dup(fd)`` made there and referenced from nowhere else is
-            closed after the send.  It may be called several times for one object.
+            closed after the send, and with it go this process's record locks on that file: name the open file itself where
+            there may be some.  It may be called several times for one object.
 
     Raises:
         TypeError: ``type`` is not a class or ``reduce`` is not callable.

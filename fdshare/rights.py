@@ -14,6 +14,7 @@ import os
 import resource
 import select
 import socket
+import stat
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import starmap
@@ -27,6 +28,7 @@ from fdshare.handle import (
     Handles,
     HasFileno,
     as_fd,
+    format_of,
     own,
     received,
     to_socket,
@@ -274,23 +276,56 @@ def make_bundle(fds: Sequence[int]) -> FdHandle:
         writer.close()
 
 
+def keep_in_flight(fds: Sequence[int], more: Sequence[int] = (), *, again: bool = False) -> FdHandle | None:
+    """Return a bundle of ``fds`` and ``more`` for a message that is to wait; None where duplicates of them do.
+
+    When a process closes any descriptor of a file, a duplicate too, the kernel drops all record locks (fcntl, lockf) that it
+    has on the file.  What is in flight has no number here, and is let go of without that.
+
+    Args:
+        fds: those on which there may be locks, now or later.
+        again: whether it may be sent more than once.
+
+    Raises:
+        OSError: EMFILE, EBADF.
+    """
+    if not PEEK_INSTALLS or not any(map(_may_be_locked, fds)):
+        return None
+    if again and len(fds) + len(more) > MAX_FDS_PER_PACKET:
+        return None  # read batch by batch, and gone then
+    try:
+        return make_bundle([*fds, *more])
+    except OSError as error:
+        if error.errno in (errno.ETOOMANYREFS, errno.ENOBUFS):
+            return None  # too many wait so: rather lose a lock, if there is one, than the message
+        raise
+
+
+def _may_be_locked(fd: int) -> bool:
+    return format_of(fd) not in (0, stat.S_IFSOCK)
+
+
 def unbundle(bundle: FdHandle, total: int) -> Handles:
     """Take ``total`` descriptors out of a bundle, which is closed.
+
+    Those of one batch are copied out of it, so that a bundle which others hold too can be sent again.
 
     Raises:
         DescriptorsLostError: there are not as many; those that came were closed.
         ProtocolError: it is not a bundle.
     """
     handles = Handles()
+    whole = total <= MAX_FDS_PER_PACKET and PEEK_INSTALLS
+    flags = CLOEXEC | NOW | (PEEK if whole else 0)
     try:
         with to_socket(bundle) as sock:
             while len(handles) < total:
-                for batch in map(Arrived, starmap(sock.recvmsg, ((1, CONTROL_SIZE, CLOEXEC | NOW),))):
+                for batch in map(Arrived, starmap(sock.recvmsg, ((1, CONTROL_SIZE, flags),))):
                     adopted = batch.adopt()
                     count = len(adopted)
                     handles += adopted
                     adopted.release()
-                if not count or batch[2] & CONTROL_TRUNCATED:  # bytes alone could go on for ever
+                if whole or not count or batch[2] & CONTROL_TRUNCATED:  # bytes alone could go on for ever
                     break
     except OSError as error:
         handles.close()

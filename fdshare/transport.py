@@ -139,6 +139,7 @@ class Transport:
     limits: Limits | None = None
     closed = False
     arrived: Any = None  # a result of recvmsg that nobody has taken yet
+    keeps_bundles = False  # whether what is read here is only to be sent on
     bare = False  # whether packets without a header are spoken here
     plain = False  # whether the next packet may be taken without looking for room first
     _control = rights.CONTROL_SIZE
@@ -469,7 +470,7 @@ class Transport:
         ):
             handles.close()
             raise rights.limit_error(header.total)
-        if header.flags & wire.BUNDLE and not rights.has_room_for(header.total):
+        if header.flags & wire.BUNDLE and not self.keeps_bundles and not rights.has_room_for(header.total):
             handles.close()
             raise rights.limit_error(header.total)
 
@@ -494,4 +495,5 @@ class Transport:
         if len(handles) < header.carried:
             handles.close()
             raise rights.lost(header.total, len(handles))
-        return rights.unbundle(handles[0], header.total) if header.flags & wire.BUNDLE else handles
+        bundled = header.flags & wire.BUNDLE and not self.keeps_bundles
+        return rights.unbundle(handles[0], header.total) if bundled else handles

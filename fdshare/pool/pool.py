@@ -103,7 +103,8 @@ class Pool(Leaders):
                 self.admit(task, len(message))
             task.message = parcel.seal(message, tag)
         else:
-            task.message = parcel.seal(message, tag, self, partial(self.admit, task))
+            admit = partial(self.admit, task)
+            task.message = parcel.seal(message, tag, self, admit, again=task.retries > 0)
         with self.lock:
             if self.closing or self.broken is not None or self.abandoned:
                 self.check_open()

@@ -233,14 +233,11 @@ def _send(channel: Channel, tag: int, value: list[Any]) -> None:
         parcel.send(channel, message + tag.to_bytes(8, "little"))
         return
     try:
-        sealed = parcel.seal(message, tag, channel)
-        try:
-            parcel.send(channel, sealed)
-        finally:
-            if isinstance(sealed, parcel.Parcel):
-                sealed.close()
         if isinstance(message, Outgoing):
+            parcel.send_outgoing(channel, message, tag, channel)
             message.sent()
+        else:
+            parcel.send(channel, parcel.seal(message, tag))
     except BaseException:
         if isinstance(message, Outgoing):
             message.failed()

@@ -135,15 +135,17 @@ class Worker:
             return tasks
         try:
             while len(tasks) < most:
-                message = parcel.receive_now(self.inbox)
+                message = parcel.receive_now(self.inbox, to_send_on=True)
                 if message is None:
                     break
                 task = self.assigned.pop(parcel.tag_of(message) >> KIND_BITS, None)
                 if task is None:  # a stop message
                     break
-                if isinstance(task.message, parcel.Parcel):
-                    task.message.close()
-                task.message, task.worker = message, None
+                if task.message is None:
+                    task.message = message
+                elif isinstance(message, parcel.Parcel):
+                    message.close()  # the task has kept its own, to be run again
+                task.worker = None
                 tasks.append(task)
                 if self.left is not None:
                     self.left += 1
