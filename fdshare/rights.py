@@ -138,26 +138,33 @@ def has_room_for(count: int) -> bool:
 
 
 _MAX_PROBES = 64
+_MOST_PROBED = 256
+"""Most numbers that a poll object is kept for: more than one packet brings.  There is one for each power of two, since a peer
+chooses how many its packets bring."""
 _probes: dict[tuple[int, int], tuple[select.poll, list[tuple[int, int]]]] = {}
 
 
 def is_top_free(count: int) -> bool:
     """Whether the ``count`` highest descriptor numbers are unused, which proves room for as many, in one system call.
 
-    Holds as long as no other thread opens something.
+    Some more are looked at.  Holds as long as no other thread opens something.
     """
     limit = descriptor_limit()
     if limit < count or limit > _INT_MAX:
         return False
-    found = _probes.get((limit, count))
+    if count > _MOST_PROBED:
+        firsts = range(limit - count, limit, _BATCH)
+        return not any(_batch_open(range(first, min(first + _BATCH, limit))) for first in firsts)
+    size = min(limit, 1 << (count - 1).bit_length())
+    found = _probes.get((limit, size))
     if found is None:
         if len(_probes) >= _MAX_PROBES:
             _probes.clear()
-        numbers = range(limit - count, limit)
+        numbers = range(limit - size, limit)
         probe = select.poll()
         for number in numbers:
             probe.register(number, select.POLLIN)
-        found = _probes[limit, count] = probe, [(number, select.POLLNVAL) for number in numbers]
+        found = _probes[limit, size] = probe, [(number, select.POLLNVAL) for number in numbers]
     return found[0].poll(0) == found[1]
 
 

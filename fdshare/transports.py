@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import select
 import socket
 import struct
 import sys
@@ -15,6 +16,7 @@ from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
+from fdshare.noticed import BUNDLE, Noticed, header_or_none, needed, notice_or_none
 from fdshare.rights import Arrived
 from fdshare.transport import Packet, Transport, other_threads
 
@@ -27,7 +29,7 @@ _TICK = struct.pack("ll", 0, 50_000)
 """A timeval of 50 ms: how long it takes at most until a blocked receive notices that another thread has closed its channel."""
 
 MAX_NOTICED = 256
-"""Most kinds of packets to come that are remembered, and most notices that are read in one go: more than writers share an end."""
+"""Most notices that are read in one go: more than writers share an end."""
 
 _UNTIL_NONCE = wire.HEADER_SIZE - 8
 
@@ -59,13 +61,26 @@ class _Greeted(Transport):
 
     def _has_more(self) -> bool:
         """Whether the socket has anything to read, or the end."""
+        return self._peek_bytes(1) is not None or self._hides()
+
+    def _peek_bytes(self, size: int) -> bytes | None:
+        """Return the next bytes, none at the end or where a read will tell what is wrong; None where nothing has come."""
         try:
-            self.sock.recv(1, rights.NOW | rights.PEEK)
+            return self.sock.recv(size, rights.NOW | rights.PEEK)
         except BlockingIOError:
-            return False
+            return None
         except OSError:
-            pass
-        return True
+            return b""
+
+    def _hides(self) -> bool:
+        """Whether the socket has something to read that a peek does not show, and that would make us look for ever.
+
+        Such are an urgent byte (MSG_OOB), which a read drops, and what lies before the offset that somebody who shares the
+        socket has set (SO_PEEK_OFF).
+        """
+        poll = select.poll()
+        poll.register(self.sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0)) and not self._peek_bytes(1)
 
 
 class SeqpacketTransport(_Greeted):
@@ -79,9 +94,7 @@ class SeqpacketTransport(_Greeted):
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         super().__init__(sock, max_inflight)
         self._ticks = False  # whether a read ends after a tick
-        # How many packets with descriptors are on their way, by their notices, which are equal for equal numbers of them.  Beside
-        # other readers, and after sends that were given up, some never come: so this is looked at in no time that grows.
-        self._noticed: dict[wire.Header, int] = {}
+        self._noticed = Noticed()
 
     def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
         if self.takes is not None:
@@ -160,12 +173,14 @@ class SeqpacketTransport(_Greeted):
         Blocking, unless ``now``.  Only while there is no other thread.  Whatever is unusual is left as it is, for ``receive``
         to go on from there.
         """
-        notice = wire.unpack_notice(self.arrived[0])
+        notice = notice_or_none(self.arrived[0])
+        if notice is None or notice.flags or self._noticed:
+            return None
         count = notice.descriptors
-        if notice.flags or self._noticed or not rights.is_top_free(count):
+        if not rights.is_top_free(count):
             return None
         self.plain = False
-        self._noticed[notice] = 1
+        self._noticed.add(notice)
         self.arrived = None
         try:
             for self.arrived in map(Arrived, self.arrivals_now if now else self.arrivals):  # noqa: B020 -- see transport.py
@@ -228,7 +243,8 @@ class SeqpacketTransport(_Greeted):
                 peeked.close()
                 peeked = None
             if self._noticed and header.carried:
-                self._forget_notice(header)
+                self._noticed.forget(header)
+                self.plain = self.bare and not self._noticed
             if self.limits is not None:
                 try:
                     self.limits.check(header)
@@ -244,22 +260,10 @@ class SeqpacketTransport(_Greeted):
 
     def _take_notice(self, data: bytes) -> None:
         header = wire.unpack_notice(data)
-        if self._passes(header):  # for what will be refused there need be no room
+        if header.carried and self._passes(header):  # for what will be refused there need be no room
             self.plain = False
-            self._noticed[header] = self._noticed.get(header, 0) + 1
-            if len(self._noticed) > MAX_NOTICED:
-                del self._noticed[next(iter(self._noticed))]
+            self._noticed.add(header)
         self.arrived = None
-
-    def _forget_notice(self, header: wire.Header) -> None:
-        """The packet with this header has come; its notice may have gone to another reader."""
-        notice = wire.Header(wire.NOTICE, header.flags, header.descriptors, 0, 0, 0, 0)
-        count = self._noticed.get(notice, 0)
-        if count > 1:
-            self._noticed[notice] = count - 1
-        elif count:
-            del self._noticed[notice]
-        self.plain = self.bare and not self._noticed
 
     def _peek_if_cramped(self) -> Arrived | None:
         """See to it that the descriptors of the next packet will fit; return it peeked where that was needed.
@@ -267,19 +271,17 @@ class SeqpacketTransport(_Greeted):
         Raises:
             FdLimitError: they do not.
         """
-        for header in self._noticed:
-            self._prepare(header)
-        if not other_threads() and all(map(_has_sure_room, self._noticed)):
+        noticed = self._noticed
+        if noticed.to_map is not None:
+            self._prepare(noticed.to_map)
+            noticed.to_map = None
+        if not other_threads() and BUNDLE not in noticed and rights.is_top_free(max(noticed)):
             return None
         peeked = self._peek(wire.PACKET_SIZE)
         if peeked is not None:
-            header_or_none = _header_or_none(peeked[0])
-            if (
-                header_or_none is not None
-                and header_or_none.type != wire.NOTICE
-                and self._passes(header_or_none)
-            ):
-                self._check_room(peeked, header_or_none)
+            header = header_or_none(peeked[0])
+            if header is not None and header.type != wire.NOTICE and self._passes(header):
+                self._check_room(peeked, header)
         return peeked
 
     def _unpack(self, arrived: Arrived) -> wire.Header:
@@ -311,38 +313,29 @@ class SeqpacketTransport(_Greeted):
             for _ in range(MAX_NOTICED):
                 if self.arrived is not None:
                     return True
+                first = self._peek_bytes(wire.HEADER_SIZE + 1)
+                if first is None:
+                    if not self._hides():
+                        return False
+                elif not self._is_good_notice(first):  # what is wrong with one, a receive will tell
+                    return True
                 try:
-                    first = self.sock.recv(wire.HEADER_SIZE + 1, rights.NOW | rights.PEEK)
-                except BlockingIOError:
-                    return False
+                    arrived = self._fetch(wire.PACKET_SIZE)
                 except OSError:
+                    self.check_open()
                     return True
-                if first[:1] != _NOTICE_MARK or len(first) != wire.HEADER_SIZE:
-                    return True
-                arrived = self._fetch(wire.PACKET_SIZE)
-                if arrived is not None and arrived[0] == first and not arrived[1]:
+                if arrived is not None and first and arrived[0] == first and not arrived[1]:
                     self._take_notice(first)
             return self.arrived is not None
 
-
-def _needed(header: wire.Header) -> int:
-    """Return how many descriptors a process has open while it takes a packet, more than before."""
-    return header.carried + header.total * bool(header.flags & wire.BUNDLE)
-
-
-def _has_sure_room(header: wire.Header) -> bool:
-    return rights.is_top_free(header.carried) and (
-        not header.flags & wire.BUNDLE
-        or rights.is_top_free(1 + header.total)
-        or rights.has_room_for(1 + header.total)
-    )
-
-
-def _header_or_none(data: bytes) -> wire.Header | None:
-    try:
-        return wire.unpack(data)
-    except ProtocolError:
-        return None
+    def _is_good_notice(self, data: bytes) -> bool:
+        if data[:1] != _NOTICE_MARK:
+            return False
+        try:
+            self._passes(wire.unpack_notice(data))
+        except ProtocolError:
+            return False
+        return True
 
 
 class StreamTransport(_Greeted):
@@ -392,10 +385,11 @@ class StreamTransport(_Greeted):
                 self._prepare(header)
                 if rights.PEEK_INSTALLS:
                     peeked = self._peek(1)
-                    if peeked is None:
+                    if peeked is not None:
+                        self._check_room(peeked, header)
+                    elif not self._hides():
                         return None
-                    self._check_room(peeked, header)
-                elif not rights.has_room_for(_needed(header)):
+                if peeked is None and not rights.has_room_for(needed(header)):
                     raise rights.limit_error(header.total)
             arrived = self._fetch(self._parser.wanted)
             if arrived is None:
