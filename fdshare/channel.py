@@ -412,7 +412,7 @@ class Channel(Closing):
 
     @property
     def peer(self) -> PeerCredentials:
-        """Who is at the other end: pid, uid and gid as the kernel noted them when the connection was made.
+        """Who is at the other end: pid, uid and gid as the kernel noted them at connect(2), or its listener's listen(2).
 
         Raises:
             ClosedError: this side is closed.

@@ -19,7 +19,9 @@ from fdshare.handover import (
     HandoverBusyError,
     HandoverError,
     HandoverRevokedError,
+    RetiredError,
     door,
+    serving,
 )
 
 
@@ -388,3 +390,25 @@ def test_the_first_generation_expects_no_connections(path: Path) -> None:
             assert list(connections) == []
             with pytest.raises(PeerClosedError):
                 connections.fileno()
+
+
+def test_who_was_told_by_accept_can_send_connections(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the service manager has not looked at the change yet, before which ``retired`` is not set."""
+    looked = threading.Event()
+    monkeypatch.setattr(serving.systemd, "barrier", lambda: looked.wait(SOON))
+    ours, theirs = socket.socketpair()
+    with first(path) as (old, old_sock), theirs, Handover(path, adopt=True) as new:
+        wait_for = old.retired.wait
+
+        def note(timeout: float | None) -> bool:
+            looked.set()
+            return wait_for(timeout)
+
+        monkeypatch.setattr(old.retired, "wait", note)
+        listen(new)
+        new.ready()
+        with pytest.raises(RetiredError):
+            old_sock.accept()
+        assert not old.retired.is_set()
+        old.send_connection(ours)
+        new.connections().receive(SOON)[0].close()

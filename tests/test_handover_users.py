@@ -15,10 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import attrs
 import pytest
 from handovers import SOON, Bare, ask, first, listen, port_of
 
-from fdshare import AccessDeniedError, PeerClosedError, users
+from fdshare import AccessDeniedError, FdHandle, Listener, PeerClosedError, any_user, connect, users
 from fdshare.handover import Handover, HandoverError, RetiredError, door, protocol, spoken
 from fdshare.handover.spoken import Pickle
 
@@ -392,3 +393,31 @@ def test_a_setuid_program_is_its_effective_user(path: Path) -> None:
         child.hear()
         child.tell()
         assert old.retired.wait(SOON)
+
+
+# named endpoints: what their pages say of this -----------------------------------------------------------------------
+
+
+def test_a_listener_shows_who_has_called_listen(path: Path) -> None:
+    """Root, for as long as it does not listen anew."""
+
+    def serve(child: Child) -> None:
+        with Listener(path, allow=any_user) as listener:
+            drop()
+            child.tell()
+            child.hear()
+            with FdHandle.dup(listener).to_socket() as sock:
+                sock.listen()
+            child.tell()
+            stay(child)
+
+    with Child(serve) as child:
+        child.hear()
+        with connect(path) as channel:
+            assert channel.peer.uid == 0
+        child.tell()
+        child.hear()
+        with pytest.raises(AccessDeniedError):
+            connect(path)
+        with connect(path, allow=users(NOBODY)) as channel:
+            assert channel.peer == attrs.evolve(channel.peer, pid=child.pid, uid=NOBODY, gid=NOBODY)

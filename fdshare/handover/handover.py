@@ -361,6 +361,10 @@ class Handover(Closing):
             TimeoutError: it takes none at present.
             NotSendableError: it cannot travel.
         """
+        if (
+            self._gate.state is GateState.RETIRED
+        ):  # who was told so by accept may be faster than the service manager
+            self.retired.wait(timeout)
         if self._door is None or not self.successor_adopts:
             raise HandoverError("there is no successor that takes connections (Handover(..., adopt=True))")
         self._door.send_connection(move(connection), data, timeout)
