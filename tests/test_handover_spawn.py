@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import attrs
+import cloudpickle
 import pytest
 from handovers import SOON
 from helpers import wait_until
@@ -15,6 +17,10 @@ from helpers import wait_until
 from fdshare.handover import spawn
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = sorted(
+    {str(ROOT), *(str(Path(module.__file__).parent.parent) for module in (attrs, cloudpickle))}
+)
+"""Where everything is that a release's own interpreter, which is in no environment, has to import."""
 
 PROGRAM = """
 import os, sys
@@ -82,7 +88,7 @@ def run(path: Path, words: list[str], when: str = "never", command: str = "None"
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PWD"},
         **({"PWD": os.fspath(link)} if named else {}),
-        "PYTHONPATH": os.fspath(ROOT),
+        "PYTHONPATH": os.pathsep.join(LIBRARIES),
     }
     with subprocess.Popen(arguments, cwd=link, env=environment, stdin=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
