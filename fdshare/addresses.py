@@ -6,6 +6,7 @@ kernel's interface, since every other first character is one of a path.
 
 from __future__ import annotations
 
+import _socket
 import errno
 import functools
 import operator
@@ -20,6 +21,7 @@ from itertools import repeat, starmap
 
 from fdshare import socketfile, system
 from fdshare.handle import FdHandle, as_fd, to_socket
+from fdshare.native import Socket
 
 __all__ = [
     "Address",
@@ -55,13 +57,13 @@ _TYPES = {
 _NONBLOCK = int(getattr(socket, "SOCK_NONBLOCK", 0))
 
 
-class _Made(socket.socket):
+class _Made(Socket):
     """A socket made in C alone: no interrupt finds a descriptor without an owner, and it takes half the time."""
 
     _io_refs = 0
     _closed = False
 
-    __init__ = socket.SocketType.__init__
+    __init__ = _socket.socket.__init__
 
 
 def _text(address: Address) -> str:

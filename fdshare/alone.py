@@ -16,6 +16,7 @@ from typing import Any
 from fdshare import reducers
 from fdshare.errors import DecodeError
 from fdshare.handle import FdHandle, HandleList, format_of, to_socket
+from fdshare.native import Socket
 
 __all__ = ["keys", "pickle_of", "rebuilder", "remember"]
 
@@ -45,7 +46,7 @@ def _socket_key(sock: socket.socket) -> Key | None:
     return reducers._family(sock), reducers._type_of(sock), sock.proto, sock.gettimeout()
 
 
-keys: dict[type, Callable[[Any], Key | None]] = {FdHandle: _handle_key, socket.socket: _socket_key}
+keys: dict[type, Callable[[Any], Key | None]] = {FdHandle: _handle_key, Socket: _socket_key}
 """What distinguishes the pickles of a type; a type that the user registers is taken out."""
 
 
@@ -58,7 +59,7 @@ def pickle_of(obj: Any, key: Callable[[Any], Key | None]) -> bytes | None:
     return None if found is None else _pickles.get(found)
 
 
-_REDUCERS = {FdHandle: reducers.reduce_handle, socket.socket: reducers.reduce_socket}
+_REDUCERS = {FdHandle: reducers.reduce_handle, Socket: reducers.reduce_socket}
 
 
 def remember(obj: Any, payload: bytes) -> None:

@@ -40,7 +40,7 @@ import attrs
 
 from fdshare import locks, rights
 from fdshare.credentials import peer_credentials
-from fdshare.handle import HandleList
+from fdshare.handle import HandleList, socketpair_of
 from fdshare.rendezvous import listen, remove
 from fdshare.wire import MAX_FDS_PER_PACKET
 
@@ -252,7 +252,7 @@ class Broker:
         _at_exit.register()
         self._listener, self.address = listen()
         try:
-            self._wakers = socket.socketpair()
+            self._wakers = socketpair_of(socket.SOCK_STREAM)
             for sock in self._wakers:
                 sock.setblocking(False)
             self._thread = threading.Thread(target=self._serve, name="fdshare broker", daemon=True)

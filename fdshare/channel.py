@@ -21,14 +21,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from fdshare import packets, recycle, reducers, rights, wire
+from fdshare.choosing import socketpair, transport_of
 from fdshare.closing import Closing
-from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, undecodable
+from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, raise_undecodable
 from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, Outside, to_socket
+from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.transport import Packet, other_threads
-from fdshare.transports import SeqpacketTransport, has_read_ahead, socketpair, transport_of
+from fdshare.transports import SeqpacketTransport, has_read_ahead
 
 __all__ = ["Channel", "Pipe"]
 
@@ -108,8 +110,9 @@ class Channel(Closing):
             try:
                 self._send_bare(message, _SEND_NOW)
                 return
-            except OSError:
-                pass  # full, closed, gone: the slow path tells
+            except OSError as error:  # full, closed, gone: the slow path tells
+                if is_from_handler(error):  # the message may be out
+                    raise
         elif self._few is not None:
             if isinstance(message, bytes):
                 if self._few.send_framed(message):
@@ -133,6 +136,9 @@ class Channel(Closing):
             FdLimitError: no room for its descriptors; it stays queued.
             DescriptorsLostError: some of its descriptors were dropped on the way.
             ProtocolError: the peer does not speak the protocol; the channel is closed now.
+
+        What a signal handler raises comes out as it is.  A message that was being rebuilt is lost with it, unless it is a small
+        one and that was a KeyboardInterrupt.
         """
         transport = self._transport
         if timeout is None and transport.plain and not other_threads() and not _kept:
@@ -140,15 +146,17 @@ class Channel(Closing):
                 try:
                     for transport.arrived in transport.arrivals:  # noqa: B020 -- an attribute as target
                         break
-                except OSError:
+                except OSError as error:
+                    if is_from_handler(error):
+                        raise
                     return self._recv_slowly(None, wire.MESSAGE)
             data, ancillary, _, _ = transport.arrived
             if data and not ancillary and data[0] == _PICKLE_MARK:
                 try:
                     obj = _loads(data)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 -- raised again
                     transport.arrived = None
-                    raise undecodable(error) from error
+                    raise_undecodable(error)
                 except KeyboardInterrupt:
                     raise  # and the message stays for the next call
                 except BaseException:
@@ -208,18 +216,16 @@ class Channel(Closing):
 
         Raises:
             ValueError: ``maxlength`` is negative.
-            OSError: the message is longer than ``maxlength``; it is dropped, and nothing can be
-                received any more, as with a Connection.
+            OSError: the message is longer than ``maxlength``; it is dropped, and nothing can be received any more.
             PeerClosedError, ClosedError, TimeoutError, ProtocolError: as for :meth:`recv`.
         """
         if maxlength is not None and maxlength < 0:
             raise ValueError("negative maxlength")
         data = self._recv_slowly(timeout, wire.BYTES)
         if maxlength is not None and len(data) > maxlength:
-            if self._writable:  # as a Connection: it can still send
-                self._readable = self._transport.plain = False
-            else:
+            if not self._writable:
                 self.close()
+            self._readable = self._transport.plain = False  # as a Connection: it can still send
             raise OSError(f"a message of {len(data)} bytes is longer than maxlength {maxlength}")
         return bytes(data)
 
@@ -490,7 +496,5 @@ def Pipe(  # noqa: N802 -- the name of multiprocessing's
         OSError: no descriptors left, or the system lacks the transport.
     """
     first, second = socketpair(transport)
-    return (
-        Channel(first, writable=duplex, codec=codec, max_inflight=max_inflight),
-        Channel(second, readable=duplex, codec=codec, max_inflight=max_inflight),
-    )
+    here = Channel(first, writable=duplex, codec=codec, max_inflight=max_inflight)
+    return here, Channel(second, readable=duplex, codec=codec, max_inflight=max_inflight)

@@ -17,7 +17,7 @@ import io
 import pickle
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import attrs
 
@@ -25,6 +25,7 @@ from fdshare import alone, reducers
 from fdshare import makefiles as _makefiles  # noqa: F401 -- with files.py, registers how files travel
 from fdshare.errors import DecodeError, NotSendableError
 from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, Moved
+from fdshare.handlers import is_from_handler
 from fdshare.wire import ALWAYS_INLINE, MAX_FDS_PER_PACKET, MAX_INLINE
 
 __all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec"]
@@ -267,10 +268,12 @@ class PickleCodec:
             out = encoder.outgoing
             if out is not None:
                 encoder.finish()
-        except Exception as error:  # noqa: BLE001 -- any __reduce__ may raise anything
+        except Exception as error:
             if encoder.outgoing is not None:
                 encoder.outgoing.failed()
-            return _encode_by_value(obj, error)
+            if is_from_handler(error):
+                raise
+            return _encode_by_value(obj, error)  # any __reduce__ may raise anything
         encoder.clear_memo()
         chunks = encoder.chunks
         if out is None and len(chunks) == 1:
@@ -301,7 +304,7 @@ class PickleCodec:
                 except BaseException as error:
                     handles.close()
                     if isinstance(error, Exception):
-                        raise undecodable(error) from error
+                        raise_undecodable(error)
                     raise
         unpacking = reducers.Unpacking(handles)
         outer, reducers.decoding.message = reducers.decoding.message, unpacking
@@ -313,8 +316,8 @@ class PickleCodec:
             obj = pickle.loads(payload, buffers=buffers)
             failed = False
             return obj
-        except Exception as error:
-            raise undecodable(error) from error
+        except Exception as error:  # noqa: BLE001 -- raised again
+            raise_undecodable(error)
         finally:
             reducers.decoding.message = outer
             unpacking.close(failed)
@@ -331,11 +334,26 @@ def _with_windows(payload: Any, buffers: list[memoryview]) -> tuple[memoryview, 
     return view[end:], merged
 
 
-def undecodable(error: Exception) -> DecodeError:
-    """Return the typed error for a message that could not be rebuilt because of ``error``."""
-    if isinstance(error, DecodeError):
+def undecodable(error: Exception) -> Exception:
+    """Return what to raise for a message that could not be rebuilt because of ``error``.
+
+    What a signal handler has raised meanwhile is not about the message, and stays what it is.
+    """
+    if isinstance(error, DecodeError) or is_from_handler(error):
         return error
     return DecodeError(f"a message could not be rebuilt: {type(error).__name__}: {error}")
+
+
+def raise_undecodable(error: Exception) -> NoReturn:
+    """Raise what :func:`undecodable` says, from ``error``.
+
+    Raises:
+        DecodeError, or what a signal handler has raised.
+    """
+    refusal = undecodable(error)
+    if refusal is error:
+        raise error
+    raise refusal from error
 
 
 # --- when pickle fails: cloudpickle, and then an error that says where -----------------------------------------
@@ -361,10 +379,12 @@ def _try_by_value(obj: Any) -> Outgoing | Exception:
     try:
         encoder.dump(obj)
         encoder.finish()
-    except Exception as error:  # noqa: BLE001 -- any __reduce__ may raise anything
+    except Exception as error:
         if encoder.outgoing is not None:
             encoder.outgoing.failed()
-        return error
+        if is_from_handler(error):
+            raise
+        return error  # any __reduce__ may raise anything
     outgoing: Outgoing = encoder.take_outgoing()
     return outgoing
 

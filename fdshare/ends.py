@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fdshare import packets, recycle, rights, system, wire
+from fdshare.choosing import socketpair
 from fdshare.codec import Incoming
 from fdshare.errors import DescriptorsLostError, ProtocolError, QueueClosedError
-from fdshare.handle import HandleList
+from fdshare.handle import HandleList, socketpair_of
 from fdshare.inflight import TICK_SECONDS
 from fdshare.rights import Arrived
 from fdshare.sync import Event
 from fdshare.transport import DRAIN_SECONDS, Transport, other_threads
-from fdshare.transports import socketpair
 
 __all__ = ["Inlet", "Outlet", "make_pair"]
 
@@ -187,7 +187,7 @@ def make_pair(maxbytes: int) -> tuple[socket.socket, socket.socket, Event | None
     if HAVE_SEQPACKET:
         outlet, inlet = socketpair("seqpacket")
     else:
-        outlet, inlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        outlet, inlet = socketpair_of(socket.SOCK_DGRAM)
         inlet.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DGRAM_BUFFER)
         outlet.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DGRAM_BUFFER)
         over = Event()

@@ -13,6 +13,7 @@ consume     ``detach()``, ``to_file()``, ``to_socket()`` the caller owns it, the
 
 from __future__ import annotations
 
+import _socket
 import codecs
 import errno
 import io
@@ -27,6 +28,7 @@ import attrs
 
 from fdshare.closing import Closing
 from fdshare.errors import ClosedError, DecodeError, NotSendableError
+from fdshare.native import Socket
 
 if TYPE_CHECKING:
     import socket
@@ -44,6 +46,7 @@ __all__ = [
     "kind_of_link",
     "move",
     "own",
+    "socketpair_of",
     "to_socket",
 ]
 
@@ -175,29 +178,39 @@ def to_socket(handle: FdHandle, *arguments: int) -> socket.socket:
     Raises:
         OSError: not a socket; the handle stays usable.
     """
-    import socket
-
     family, type, proto = arguments or (-1, -1, -1)
     fd = handle.fileno()
     blocking = os.get_blocking(fd)
-    if socket.getdefaulttimeout() is not None:
+    if _socket.getdefaulttimeout() is not None:
         # A new socket would be given that timeout, and O_NONBLOCK written for it into what others share.
-        type = (type if type >= 0 else _type_of_socket(fd)) | getattr(socket, "SOCK_NONBLOCK", 0)
-    sock = socket.socket.__new__(socket.socket)
+        type = (type if type >= 0 else _type_of_socket(fd)) | getattr(_socket, "SOCK_NONBLOCK", 0)
+    sock = Socket.__new__(Socket)
     sock._io_refs, sock._closed = 0, False  # type: ignore[attr-defined]  # as its Python __init__ would
-    hand_over(handle, socket.SocketType.__init__, sock, family, type, proto, fd)
+    hand_over(handle, _socket.socket.__init__, sock, family, type, proto, fd)
     timeout = None if blocking else 0.0
     if sock.gettimeout() != timeout:
         sock.settimeout(timeout)  # changes nothing in the description
     return sock
 
 
-def _type_of_socket(fd: int) -> int:
-    import socket
+def socketpair_of(kind: int) -> tuple[socket.socket, socket.socket]:
+    """Return a connected pair of AF_UNIX sockets of a type; no interrupt loses one.
 
-    probe = socket.SocketType(-1, socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0), -1, fd)
+    Raises:
+        OSError: no descriptors left, or no sockets of that type.
+    """
+    # Sockets of C own themselves from the call on; socket.socketpair has Python in between.
+    for first, second in starmap(_socket.socketpair, ((_socket.AF_UNIX, kind),)):  # noqa: B007
+        break
+    handles = [own(first.detach), own(second.detach)]
+    one, two = [to_socket(handle, _socket.AF_UNIX, kind, 0) for handle in handles]
+    return one, two
+
+
+def _type_of_socket(fd: int) -> int:
+    probe = _socket.socket(-1, _socket.SOCK_STREAM | getattr(_socket, "SOCK_NONBLOCK", 0), -1, fd)
     try:
-        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        return probe.getsockopt(_socket.SOL_SOCKET, _socket.SO_TYPE)
     finally:
         probe.detach()
 

@@ -17,7 +17,7 @@ import attrs
 
 from fdshare import packets, rights, wire
 from fdshare.channel import Channel
-from fdshare.codec import Incoming, Outgoing, PickleCodec, undecodable
+from fdshare.codec import Incoming, Outgoing, PickleCodec, raise_undecodable
 from fdshare.errors import FdLimitError
 from fdshare.handle import FdHandle, HandleList, Handles
 from fdshare.transport import Transport
@@ -308,8 +308,8 @@ def open_message(channel: Channel, message: Message) -> Any:
     if type(message) is bytes:
         try:
             return _loads(message)
-        except Exception as error:
-            raise undecodable(error) from error
+        except Exception as error:  # noqa: BLE001 -- raised again
+            raise_undecodable(error)
     assert isinstance(message, Parcel)
     payload = message.payload[0] if len(message.payload) == 1 else b"".join(message.payload)
     if message.header.flags & wire.SEGMENT:

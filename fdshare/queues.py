@@ -36,10 +36,11 @@ from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 from fdshare import packets, recycle, reducers, rights, wire
-from fdshare.codec import Outgoing, PickleCodec, undecodable
+from fdshare.codec import Outgoing, PickleCodec, raise_undecodable
 from fdshare.ends import Inlet, Outlet, make_pair
 from fdshare.errors import ClosedError, PeerClosedError, QueueClosedError
 from fdshare.handle import Outside, to_socket
+from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.rights import Arrived
 from fdshare.sync import Event
@@ -127,8 +128,10 @@ class Queue:
             try:
                 self._send(message, _SEND_NOW)
                 return
-            except OSError:
-                pass  # full, or closed: the slow path tells
+            except OSError as error:
+                if is_from_handler(error):  # the item may be in
+                    raise
+                # full, or closed: the slow path tells
         self._put_slowly(message, timeout)
 
     def _put_slowly(self, message: bytes | Outgoing, timeout: float | None) -> None:
@@ -207,9 +210,9 @@ class Queue:
                 if not ancillary and data and data[0] == _PICKLE_MARK:
                     return _loads(data)
                 self._left += ((data, ancillary, flags, address),)
-            except Exception as error:
-                if data is not None:
-                    raise undecodable(error) from error
+            except Exception as error:  # noqa: BLE001 -- raised again
+                if data is not None or is_from_handler(error):
+                    raise_undecodable(error)
                 # the descriptor is closed: the slow path tells
             except BaseException:
                 if data is not None:
@@ -415,8 +418,8 @@ class Queue:
 def _decode_bare(data: bytes) -> Any:
     try:
         return _loads(data)
-    except Exception as error:
-        raise undecodable(error) from error
+    except Exception as error:  # noqa: BLE001 -- raised again
+        raise_undecodable(error)
 
 
 def _close_left(arrived: Any) -> None:

@@ -10,6 +10,7 @@ The names of the rebuild functions are the wire format.
 
 from __future__ import annotations
 
+import _socket
 import copyreg
 import os
 import select
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fdshare.errors import DecodeError
 from fdshare.handle import FdHandle, HandleList, Moved, format_of, hand_over, to_socket
+from fdshare.native import Socket
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -303,8 +305,8 @@ class WithFiles:
 
 
 # As plain ints: the properties of socket.socket make enum members of them, which takes longer than all the rest.
-_family = vars(socket.SocketType)["family"].__get__
-_type_of = vars(socket.SocketType)["type"].__get__
+_family = vars(_socket.socket)["family"].__get__
+_type_of = vars(_socket.socket)["type"].__get__
 
 
 def rebuild_socket(index: int, family: int, type: int, proto: int, timeout: float | None) -> socket.socket:
@@ -381,7 +383,7 @@ known.update(
         FdHandle: reduce_handle,
         Moved: reduce_move,
         Mark: reduce_mark,
-        socket.socket: reduce_socket,
+        Socket: reduce_socket,
         types.FunctionType: reduce_by_name,
     }
 )

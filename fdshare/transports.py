@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import select
 import socket
@@ -11,16 +10,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fdshare import recycle, rights, system, wire
+from fdshare import recycle, rights, wire
 from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
+from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.noticed import BUNDLE, Noticed, header_or_none, needed, notice_or_none
 from fdshare.rights import Arrived
 from fdshare.transport import Packet, Transport, other_threads
 
-__all__ = ["SeqpacketTransport", "StreamTransport", "socketpair", "transport_of"]
+__all__ = ["SeqpacketTransport", "StreamTransport", "has_read_ahead"]
 
 _PICKLE_MARK = bytes([wire.PICKLE_MARK])
 _NOTICE_MARK = bytes([wire.NOTICE])
@@ -103,7 +103,9 @@ class SeqpacketTransport(_Greeted):
             notice = wire.notice_of(header)
             try:
                 self.sock.send(notice, rights.SEND_NOW)
-            except OSError:  # full, closed, gone
+            except OSError as error:  # full, closed, gone
+                if is_from_handler(error):
+                    raise
                 self._send_step([notice], (), deadline)
         self._send_step([header, *payload], fds, deadline)
 
@@ -123,7 +125,9 @@ class SeqpacketTransport(_Greeted):
                 True  # a second notice would stay with the receiver, which looks for room for each
             )
             self.sock.sendmsg((header, payload[0]), rights.rights(fds), rights.SEND_NOW)
-        except OSError:  # full, closed, a bad descriptor: the long way tells
+        except OSError as error:  # full, closed, a bad descriptor: the long way tells
+            if is_from_handler(error):
+                raise
             return False
         return True
 
@@ -134,7 +138,9 @@ class SeqpacketTransport(_Greeted):
             return False
         try:
             self.sock.send(_few_header(0, wire.HEADER_SIZE + size) + _NO_NONCE + payload, rights.SEND_NOW)
-        except OSError:  # full, closed, gone: the long way tells
+        except OSError as error:  # full, closed, gone: the long way tells
+            if is_from_handler(error):
+                raise
             return False
         return True
 
@@ -153,7 +159,9 @@ class SeqpacketTransport(_Greeted):
         try:
             for self.arrived in self.arrivals:  # noqa: B020 -- see transport.py
                 break
-        except OSError:
+        except OSError as error:
+            if is_from_handler(error):
+                raise
             return None
         arrived: Any = self.arrived
         data, ancillary, flags, _ = arrived
@@ -185,7 +193,9 @@ class SeqpacketTransport(_Greeted):
         try:
             for self.arrived in map(Arrived, self.arrivals_now if now else self.arrivals):  # noqa: B020 -- see transport.py
                 break
-        except OSError:
+        except OSError as error:
+            if is_from_handler(error):
+                raise
             return None
         data, _, flags, _ = arrived = self.arrived
         if len(data) < wire.HEADER_SIZE:
@@ -213,8 +223,10 @@ class SeqpacketTransport(_Greeted):
         try:
             for self.arrived in self.arrivals:  # noqa: B020 -- see transport.py
                 break
-        except OSError:
-            pass  # the time is up, or the next step tells
+        except OSError as error:
+            if is_from_handler(error):
+                raise
+            # the time is up, or the next step tells
 
     def _receive_now(self) -> Packet | None:
         if self.greeting is not None and not self.greeting.take(self):
@@ -448,44 +460,6 @@ class StreamTransport(_Greeted):
             self._brought.close()
 
 
-# As plain ints: the socket class makes enums of them, which takes as long as a system call.
-_family: Any = vars(socket.SocketType)["family"].__get__
-_kind: Any = vars(socket.SocketType)["type"].__get__
-_AF_UNIX, _SOCK_STREAM = int(socket.AF_UNIX), int(socket.SOCK_STREAM)
-_SOCK_SEQPACKET = int(getattr(socket, "SOCK_SEQPACKET", -1))
-
-
 def has_read_ahead(transport: Transport) -> bool:
     """Whether there is something to receive that does not make the socket readable, such as a hello that failed."""
     return transport.arrived is not None or (transport.greeting is not None and transport.has_message())
-
-
-def transport_of(sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> Transport:
-    """Return the transport that fits a connected AF_UNIX socket.
-
-    Raises:
-        ValueError: it is of another family or type.
-    """
-    if _family(sock) == _AF_UNIX:
-        kind = _kind(sock)
-        if kind == _SOCK_SEQPACKET and system.HAVE_SEQPACKET:
-            return SeqpacketTransport(sock, max_inflight)
-        if kind == _SOCK_STREAM:
-            return StreamTransport(sock, max_inflight)
-    raise ValueError(f"a channel needs a SEQPACKET or STREAM socket of AF_UNIX, not {sock!r}")
-
-
-def socketpair(transport: str | None) -> tuple[socket.socket, socket.socket]:
-    """Return a connected pair for "seqpacket", "stream", or None for the best that the system has.
-
-    Raises:
-        ValueError: an unknown name.
-        OSError: the system has no such sockets.
-    """
-    if transport not in (None, "seqpacket", "stream"):
-        raise ValueError(f"transport is 'seqpacket', 'stream' or None, not {transport!r}")
-    if transport != "stream" and system.HAVE_SEQPACKET:
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if transport == "seqpacket":
-        raise OSError(errno.EPROTONOSUPPORT, "only Linux keeps packets whole (SEQPACKET): use stream")
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import gc
@@ -11,14 +12,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from helpers import compose, running, send_all, verify
 
 import fdshare
-from fdshare import Channel, PeerClosedError
+from fdshare import Channel, FdHandle, PeerClosedError
 from fdshare.testing import checked_child
 
 
@@ -197,6 +198,130 @@ def test_an_interrupt_while_a_message_is_copied_drops_no_handle(monkeypatch: pyt
         patch.undo()
         a.send_bytes(b"next")
         assert b.recv_bytes() == b"next"
+
+
+class Limit(Exception):
+    """What a handler raises that bounds the time of a task: of no kind that fdshare knows."""
+
+
+class Interrupted:
+    """A signal comes while it is rebuilt, or while it is reduced."""
+
+    def __init__(self, *, here: bool = False, handle: FdHandle | None = None) -> None:
+        self.here, self.handle = here, handle
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.here:
+            signal.raise_signal(signal.SIGUSR1)
+        return rebuild_interrupted, (self.handle,)
+
+
+def rebuild_interrupted(handle: FdHandle | None) -> None:
+    signal.raise_signal(signal.SIGUSR1)
+
+
+def limit_with_frame(number: int, frame: object) -> None:
+    raise Limit
+
+
+def limit_without_frame(*arguments: object) -> None:
+    del arguments
+    raise Limit
+
+
+def timeout_of_once(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise TimeoutError
+
+
+@pytest.fixture(params=[limit_with_frame, limit_without_frame, timeout_of_once])
+def raised(request: pytest.FixtureRequest) -> Iterator[type[Exception]]:
+    """A handler of SIGUSR1, as what it raises."""
+    before = signal.signal(signal.SIGUSR1, request.param)
+    yield TimeoutError if request.param is timeout_of_once else Limit
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_what_a_handler_raises_while_a_message_is_rebuilt_is_no_decode_error(
+    transport: str, raised: type[Exception], descriptors: bool
+) -> None:
+    a, b = fdshare.Pipe(transport=transport)
+    reader, writer = os.pipe()
+    with a, b, FdHandle(reader) as handle, FdHandle(writer):
+        a.send(Interrupted(handle=handle if descriptors else None))
+        with pytest.raises(raised):
+            b.recv()
+        a.send("next")
+        assert b.recv() == "next"  # the message itself is lost
+
+
+def test_what_a_handler_raises_while_a_message_is_encoded_is_not_taken_for_a_refusal(
+    transport: str, raised: type[Exception]
+) -> None:
+    a, b = fdshare.Pipe(transport=transport)
+    with a, b:
+        with pytest.raises(raised):
+            a.send([Interrupted(here=True)])
+        a.send("next")
+        assert b.recv() == "next"
+
+
+def test_what_a_handler_raises_while_an_item_is_rebuilt(raised: type[Exception]) -> None:
+    with fdshare.Queue() as queue:
+        queue.put(Interrupted())
+        with pytest.raises(raised):
+            queue.get()
+
+
+def test_what_a_handler_raises_in_an_event_loop(raised: type[Exception]) -> None:
+    async def main() -> None:
+        a, b = fdshare.aio.Pipe()
+        async with a, b:
+            await a.send(Interrupted())
+            with pytest.raises(raised):
+                await b.recv()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("receive", ["channel", "queue"])
+def test_a_handler_may_end_a_wait_with_a_timeout_error(receive: str) -> None:
+    """It is an OSError, of which the paths below make other things."""
+    before = signal.signal(signal.SIGALRM, timeout_of_once)
+    a, b = fdshare.Pipe()
+    with a, b, fdshare.Queue() as queue:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(TimeoutError):
+            b.recv() if receive == "channel" else queue.get()
+    signal.signal(signal.SIGALRM, before)
+
+
+def _interrupted_maker(seed: int) -> int:
+    interrupt = Interrupter(60e-6, seed)
+    lost = 0
+    for _ in range(3000):
+        before = len(os.listdir("/proc/self/fd"))
+        swallowed.clear()
+        interrupt(lambda: [end.close() for end in fdshare.Pipe()])
+        gc.collect(0)
+        lost += (len(os.listdir("/proc/self/fd")) - before) * (not swallowed)
+    interrupt.stop()
+    assert not lost
+    return interrupt.hits
+
+
+swallowed: list[object] = []
+
+
+def _count_interrupts_of_pipe(seed: int) -> int:
+    warnings.simplefilter("ignore", ResourceWarning)
+    sys.unraisablehook = swallowed.append  # in a __del__, which goes on to its end no more
+    return _interrupted_maker(seed)
+
+
+def test_an_interrupt_within_pipe_loses_no_descriptor() -> None:
+    assert checked_child(_count_interrupts_of_pipe, 1) >= 100
 
 
 def test_signals_that_are_handled(transport: str) -> None:

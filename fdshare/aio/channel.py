@@ -30,9 +30,10 @@ from fdshare.aio.passing import Blocked
 from fdshare.aio.waiting import Waits
 from fdshare.channel import Channel
 from fdshare.channel import Pipe as SyncPipe
-from fdshare.codec import Codec, Incoming, Outgoing, undecodable
+from fdshare.codec import Codec, Incoming, Outgoing, raise_undecodable
 from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle
+from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.transport import DRAIN_SECONDS, other_threads
 from fdshare.transports import StreamTransport
@@ -97,8 +98,9 @@ class AsyncChannel(AsyncEnd):
                 try:
                     self._send_bare(message, _SEND_NOW)
                     return
-                except OSError:
-                    pass  # full, closed, gone: the slow path tells
+                except OSError as error:  # full, closed, gone: the slow path tells
+                    if is_from_handler(error):  # the message may be out
+                        raise
             elif self._few is not None:
                 if isinstance(message, bytes):
                     if self._few.send_framed(message):
@@ -188,8 +190,8 @@ class AsyncChannel(AsyncEnd):
                     transport.arrived = None
                     try:
                         return _loads(data)
-                    except Exception as error:
-                        raise undecodable(error) from error
+                    except Exception as error:  # noqa: BLE001 -- raised again
+                        raise_undecodable(error)
                 if not ancillary and data[:1] == _NOTICE_MARK and not other_threads():
                     few = transport.receive_few(now=True)
                     if few is not None:

@@ -21,11 +21,11 @@ from itertools import count
 
 import fdshare
 from fdshare import memory, system, wire
+from fdshare.choosing import socketpair
 from fdshare.command.probing import Finding, ok, probe, warn
 from fdshare.handle import own, own_pipe
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.rights import open_descriptors
-from fdshare.transports import socketpair
 
 __all__ = ["bytes_in_words", "first_line"]
 

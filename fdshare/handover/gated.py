@@ -6,6 +6,7 @@ Blocking, as Python tells it (``settimeout``), is this object's own business: it
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import errno
 import os
@@ -198,9 +199,9 @@ def gated(handle: FdHandle, gate: Gate, name: str, path: str = "") -> HandoverSo
     sock = HandoverSocket.__new__(HandoverSocket)
     sock._io_refs, sock._closed = 0, False  # type: ignore[attr-defined]  # as its Python __init__ would
     sock._gate, sock._name, sock._wait, sock._address = gate, name, socket.getdefaulttimeout(), path
-    hand_over(handle, socket.SocketType.__init__, sock, -1, -1, -1, handle.fileno())
+    hand_over(handle, _socket.socket.__init__, sock, -1, -1, -1, handle.fileno())
     try:
-        socket.SocketType.settimeout(sock, 0.0)
+        _socket.socket.settimeout(sock, 0.0)
     except BaseException:
         sock.close()
         raise

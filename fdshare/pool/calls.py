@@ -21,7 +21,7 @@ from typing import Any
 
 import attrs
 
-from fdshare.codec import PROTOCOL, Outgoing, PickleCodec, undecodable
+from fdshare.codec import PROTOCOL, Outgoing, PickleCodec, raise_undecodable
 from fdshare.errors import FdShareError
 from fdshare.wire import ALWAYS_INLINE
 
@@ -228,8 +228,8 @@ class FunctionCache:
         if function is None:
             try:
                 function = self._functions[number] = pickle.loads(code)
-            except Exception as error:
-                raise undecodable(error) from error
+            except Exception as error:  # noqa: BLE001 -- raised again
+                raise_undecodable(error)
             if len(self._functions) > MAX_FUNCTIONS:
                 self._functions.popitem(last=False)
         else:

@@ -176,6 +176,8 @@ class TypedCodec:
             return obj
         except Exception as error:
             refusal = undecodable(error)
+            if refusal is error and not isinstance(error, DecodeError):
+                raise  # of a signal handler
             text = str(refusal)
             if len(text) <= MAX_REASON and text.isprintable():
                 raise refusal from error

@@ -19,6 +19,7 @@ sender may lie.  A descriptor in the message is a number, its place among those 
 
 from __future__ import annotations
 
+import _socket
 import codecs
 import fcntl
 import io
@@ -119,7 +120,7 @@ class Descriptor:
 
     def _socket_objection(self, fd: int) -> str | None:
         # Any type but -1, and not blocking: so nothing is written into what the sender shares, whatever the default timeout.
-        probe = socket.SocketType(-1, socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0), -1, fd)
+        probe = _socket.socket(-1, socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0), -1, fd)
         try:
             family, type = int(probe.family), probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
         finally:
