@@ -199,11 +199,10 @@ class Channel(Closing):
             raise ValueError("offset is negative")
         if offset > len(view):
             raise ValueError("buffer length < offset")
-        if size is None:
-            size = len(view) - offset
-        elif size < 0:
+        size = len(view) - offset if size is None else size
+        if size < 0:
             raise ValueError("size is negative")
-        elif offset + size > len(view):
+        if offset + size > len(view):
             raise ValueError("buffer length < offset + size")
         self._send_slowly(Outgoing([view[offset : offset + size]]), wire.BYTES, timeout)
 

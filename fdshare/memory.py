@@ -77,7 +77,7 @@ def write_segment(parts: Iterable[Any], user: object = None, *, piped: bool = Tr
         the segment's handle, and what it is.
 
     Raises:
-        NoSpaceError: it does not fit (ENOSPC, ENOMEM, EFBIG, EDQUOT).
+        NoSpaceError: it does not fit (ENOSPC, ENOMEM, EDQUOT; EFBIG where RLIMIT_FSIZE forbids a file of that size).
         FdLimitError: no descriptor left for it (EMFILE, ENFILE).
     """
     views = [memoryview(part).cast("B") for part in parts if len(part)]
@@ -91,6 +91,7 @@ def write_segment(parts: Iterable[Any], user: object = None, *, piped: bool = Tr
             pipe = _write_pipe(views, size)
             if pipe is not None:
                 return pipe, "copied"
+        system.check_file_size(size)
         sealed = HAVE_MEMFD
         handle = (
             own(os.memfd_create, "fdshare", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if sealed else _unlinked()

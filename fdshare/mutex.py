@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from itertools import repeat, starmap
 from typing import Any
 
-from fdshare import locks, memory
+from fdshare import locks, memory, system
 from fdshare.errors import DecodeError
 from fdshare.handle import own
 from fdshare.travelling import Kept, keep
@@ -416,6 +416,7 @@ def make_mutex() -> tuple[Kept, Mutex]:
         OSError: no descriptor or no memory left.
     """
     if _is_robust_here():
+        system.check_file_size(PAGE_SIZE)
         handle = keep(own(os.memfd_create, "fdshare-lock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         return handle, RobustMutex(handle.fileno(), fresh=True)
     if memory.HAVE_MEMFD:

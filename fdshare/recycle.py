@@ -197,7 +197,7 @@ def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
             return None
         try:
             segment = _take(size)
-        except OSError:  # no descriptor left for it
+        except OSError:  # no descriptor left for it, or files may not be as large
             _clear()
             return None
         if segment is None:
@@ -225,12 +225,14 @@ def lease(views: list[memoryview], size: int, user: object) -> FdHandle | None:
 
 def _take(size: int) -> _Segment | None:
     """Take the smallest free segment that fits out of the kept ones, or a new one."""
+    system.check_file_size(size)
     fitting = [segment for segment in kept if segment.capacity >= size]
     for segment in sorted(fitting, key=lambda segment: segment.capacity):
         if segment.capacity <= max(2 * size, _GRAIN) and segment.is_free():
             kept.remove(segment)
             return segment
     capacity = -(-size // _GRAIN) * _GRAIN
+    system.check_file_size(capacity)
     room = most_kept() - capacity - sum(segment.capacity for segment in kept)
     for segment in tuple(kept):  # oldest use first
         if room >= 0 and len(kept) < MOST_SEGMENTS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import select
 import sys
 from collections.abc import Callable
@@ -46,6 +47,23 @@ HAVE_PIDFD = is_given(lambda: os.pidfd_open(os.getpid()))
 
 HAVE_EPOLL = is_given(lambda: os.dup(select.epoll().fileno()))
 """epoll: Linux."""
+
+
+def check_file_size(size: int) -> None:
+    """See to it that this process may write a file of ``size`` bytes, memory files among them.
+
+    To be asked before such a write: the kernel's own answer is a signal that ends the process (SIGXFSZ), unless that is ignored.
+
+    Raises:
+        OSError: EFBIG; says which limit it is.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and size > limit:
+        raise OSError(
+            errno.EFBIG,
+            f"{size} bytes, where this process may write files of {limit} (RLIMIT_FSIZE, ulimit -f)",
+        )
+
 
 HAVE_SEQPACKET = sys.platform == "linux"
 """Whether sockets keep packets whole.  macOS has none of that kind; those of FreeBSD from 15 are streams with marks, where a

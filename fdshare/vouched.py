@@ -16,6 +16,7 @@ Linux only: elsewhere the policy has been asked when the connection was made, an
 
 from __future__ import annotations
 
+import _socket
 import os
 import socket
 import sys
@@ -143,7 +144,7 @@ def vouched(sock: socket.socket, allow: Policy) -> socket.socket:
     signed._connection = peer_credentials(sock)
     family, kind = int(sock.family), int(sock.type) | _NONBLOCK * (timeout is not None)
     with own(sock.detach) as handle:
-        hand_over(handle, socket.SocketType.__init__, signed, family, kind, 0, handle.fileno())
+        hand_over(handle, _socket.socket.__init__, signed, family, kind, 0, handle.fileno())
     if signed.gettimeout() != timeout:
         signed.settimeout(timeout)
     return signed

@@ -100,6 +100,7 @@ def test_files_that_may_not_grow() -> None:
         assert report[name]["state"] == "missing"
         assert report[name]["advice"]
     assert report["sealed memory files"]["found"] == "File too large"
+    assert (report["size of files"]["state"], report["size of files"]["values"]) == ("warn", {"most": 0})
     assert report["seqpacket"]["state"] == "ok"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import signal
 import socket
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from helpers import (
     inject,
 )
 
+import fdshare
 from fdshare import (
     DecodeError,
     FdHandle,
@@ -158,3 +160,43 @@ def test_segment_that_is_missing_is_an_error(transport: str, segments: str) -> N
         with pytest.raises(FdShareError) as caught:
             channel.recv(timeout=5)
         del caught
+
+
+def _under_a_limit_of_files(size: int) -> str:
+    """Send ``size`` bytes twice, as in a flow, where files may have 1.5 MiB and the kernel kills who writes more."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 19, resource.RLIM_INFINITY))
+    a, b = fdshare.Pipe()
+    with a, b:
+        try:
+            for _ in range(2):
+                a.send(bytes(size))
+                assert len(b.recv()) == size
+        except fdshare.NoSpaceError as error:
+            return str(error)
+        finally:
+            a.send("next")
+            assert b.recv() == "next"
+    return ""
+
+
+@pytest.mark.parametrize("size", [1 << 20, (5 << 18) + 5])
+def test_messages_below_the_limit_of_files_arrive(size: int) -> None:
+    """A recycled segment would be larger than the message, and over the limit."""
+    assert checked_child(_under_a_limit_of_files, size) == ""
+
+
+def test_a_message_over_the_limit_of_files_is_refused_by_its_name() -> None:
+    assert "1572864 (RLIMIT_FSIZE" in checked_child(_under_a_limit_of_files, 2 << 20)
+
+
+def _shared_things_under_a_limit_of_files() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    for make in (fdshare.Lock, lambda: fdshare.SharedMemory(2000)):
+        with pytest.raises(OSError, match="RLIMIT_FSIZE"):
+            make()
+
+
+def test_shared_memory_and_locks_over_the_limit_of_files_are_refused_by_its_name() -> None:
+    checked_child(_shared_things_under_a_limit_of_files)

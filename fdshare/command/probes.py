@@ -256,6 +256,15 @@ def _() -> Finding:
     return ok("created, sealed, mapped privately", **values)
 
 
+@probe("memory", "size of files", without="")
+def _() -> Finding:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if most == resource.RLIM_INFINITY:
+        return ok("unlimited")
+    advice = "larger messages and shared memory are refused (NoSpaceError): raise it, ulimit -f"
+    return warn(f"at most {bytes_in_words(most)} (RLIMIT_FSIZE)", advice, most=most)
+
+
 @probe("memory", "large pipes", without="messages up to 1 MiB take a memory file, which takes longer")
 def _() -> Finding:
     values = {}

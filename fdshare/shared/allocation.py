@@ -14,7 +14,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 
-from fdshare import memory
+from fdshare import memory, system
 from fdshare.errors import FdLimitError, NoSpaceError
 from fdshare.handle import own
 from fdshare.shared.mapping import SEAL_GROW, SEAL_SHRINK, Mapping, map_shared
@@ -58,6 +58,7 @@ def _new(size: int, fill: Callable[[int], object]) -> Mapping:
     if size >= _CHECKED_FROM:
         _check_room(size)
     try:
+        system.check_file_size(size)
         handle = (
             own(os.memfd_create, NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             if memory.HAVE_MEMFD
