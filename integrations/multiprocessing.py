@@ -19,6 +19,8 @@ from __future__ import annotations
 import copyreg
 import functools
 import importlib.abc
+import importlib.util
+import logging
 import os
 import pickle
 import sys
@@ -26,6 +28,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from itertools import islice
 from multiprocessing import connection, process, queues, reduction
 from multiprocessing.context import get_spawning_popen
@@ -81,11 +84,11 @@ def install(*, lease: float | None = None) -> None:
         _set(process.current_process()._config, _KEY, _Bootstrap())  # type: ignore[attr-defined]
         watcher = _Watcher()
         sys.meta_path.insert(0, watcher)
-        _undo.append(lambda: sys.meta_path.remove(watcher))
-        for name, attend in _NEIGHBOURS.items():
+        _undo.append(partial(_dismiss, watcher))
+        for name in _NEIGHBOURS:
             module = sys.modules.get(name)
             if module is not None:
-                attend(module)
+                watcher.see_to(name, module)
 
 
 def uninstall() -> None:
@@ -104,6 +107,13 @@ def installed() -> bool:
 def _remove() -> None:
     while _undo:
         _undo.pop()()
+
+
+def _dismiss(watcher: _Watcher) -> None:
+    for place, finder in enumerate(sys.meta_path):  # in which others are compared as they please
+        if finder is watcher:
+            del sys.meta_path[place]
+            return
 
 
 def _after_fork() -> None:
@@ -320,8 +330,9 @@ def _attend_dask_batched(module: ModuleType) -> None:
         if type(log) is deque:
             self.recent_message_log = _MessageLog(log, log.maxlen)
 
-    module.BatchedSend.__init__ = init
-    _undo.append(lambda: setattr(module.BatchedSend, "__init__", original))
+    batched = module.BatchedSend  # another one after a reload
+    batched.__init__ = init
+    _undo.append(lambda: setattr(batched, "__init__", original))
 
 
 _NEIGHBOURS: dict[str, Callable[[ModuleType], None]] = {
@@ -336,28 +347,112 @@ _NEIGHBOURS: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Attends to a neighbour right after it was loaded."""
+    """Attends to a neighbour right after it was loaded, by whatever loader, which is left as it is.
+
+    A loader may serve all modules, be a class, have slots, or be a proxy of another one's; so nothing is written into it.  The
+    spec gets a loader of ours that holds the other, and puts it back where it belongs before that one looks.
+    """
+
+    def __init__(self) -> None:
+        self._asking = _Asking()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         attend = _NEIGHBOURS.get(fullname)
-        if attend is None:
+        if attend is None or fullname in self._asking.names:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                self._follow(spec.loader, attend)
-                return spec
-        return None
+        self._asking.names.add(fullname)
+        try:
+            # As the interpreter itself asks: finders may have no find_spec, or ask others in turn.
+            spec: ModuleSpec | None = importlib._bootstrap._find_spec(fullname, path, target)  # type: ignore[attr-defined]
+        finally:
+            self._asking.names.discard(fullname)
+        if spec is not None and spec.loader is not None and not isinstance(spec.loader, _Held):
+            _hold(spec, partial(self.see_to, fullname))
+        return spec
 
-    def _follow(self, loader: Any, attend: Callable[[ModuleType], None]) -> None:
-        load = loader.exec_module
+    def see_to(self, name: str, module: Any, *, used: bool = False) -> None:
+        """Attend to a neighbour that was loaded, or will be when it is first used.
 
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            with _lock:
-                if self in sys.meta_path:
-                    attend(module)
+        Args:
+            used: whether it is lazy, and has just been used and loaded: from 3.13 on it becomes an ordinary one only then.
+        """
+        with _lock:
+            if not any(finder is self for finder in sys.meta_path):
+                return
+            try:
+                if type(module) is _LAZY and not used:
+                    _hold(object.__getattribute__(module, "__spec__"), partial(self.see_to, name))
+                else:
+                    _NEIGHBOURS[name](module)
+            except Exception:  # it is not what we know by this name, and its import is not to fail for that
+                logging.getLogger("fdshare").warning("install() cannot attend to %s", name, exc_info=True)
 
-        loader.exec_module = exec_module
+
+def _hold(spec: Any, attend: Callable[..., object]) -> None:
+    """Have ``attend`` called after the module of ``spec`` was loaded."""
+    kind = _Attending if hasattr(spec.loader, "exec_module") else _AttendingOld
+    try:
+        spec.loader = kind(spec, attend)
+    except AttributeError:  # a spec of somebody's own, which keeps its loader
+        pass
+
+
+class _Asking(threading.local):
+    """The neighbours that this thread is looking for."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+
+class _Held:
+    """A loader that holds another one, and answers as that does."""
+
+    def __init__(self, spec: Any, attend: Callable[..., object]) -> None:
+        self._fdshare_held = spec.loader
+        self._fdshare_spec = spec
+        self._fdshare_attend = attend
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_fdshare"):  # of one that is just being made, by copy or pickle
+            raise AttributeError(name)
+        return getattr(self._fdshare_held, name)
+
+
+class _Attending(_Held):
+    """One that loads as loaders do since Python 3.4."""
+
+    def create_module(self, spec: Any) -> Any:
+        """Have the module made; raises as the other loader."""
+        spec.loader = self._fdshare_held
+        try:
+            return self._fdshare_held.create_module(spec)
+        finally:
+            spec.loader = self
+
+    def exec_module(self, module: Any) -> None:
+        """Have it executed, then attend to it; raises as the other loader."""
+        for spec in (self._fdshare_spec, module.__spec__):
+            if spec is not None and spec.loader is self:
+                spec.loader = self._fdshare_held
+        if getattr(module, "__loader__", None) is self:
+            module.__loader__ = self._fdshare_held
+        lazy = type(module) is _LAZY
+        self._fdshare_held.exec_module(module)
+        self._fdshare_attend(module, used=lazy)
+
+
+class _AttendingOld(_Held):
+    """One that only has ``load_module``."""
+
+    def load_module(self, name: str) -> Any:
+        """Have the module loaded, then attend to it; raises as the other loader."""
+        self._fdshare_spec.loader = self._fdshare_held
+        module = self._fdshare_held.load_module(name)
+        self._fdshare_attend(sys.modules.get(name, module))
+        return module
+
+
+_LAZY: Any = getattr(importlib.util, "_LazyModule", None)
+"""What LazyLoader makes: loaded when it is first used, by the loader that stands in its spec then."""
