@@ -308,11 +308,8 @@ def test_a_successor_without_privileges(path: Path) -> None:
             assert ask(port) == b"new"
 
 
-IN_A_CHROOT = """
-import os, sys, threading, traceback
-from pathlib import Path
-from fdshare import users
-from fdshare.handover import Handover, RetiredError
+CONFINE = """
+import os, sys, traceback
 
 class Late:
     def find_spec(self, name, path=None, target=None):
@@ -321,14 +318,24 @@ class Late:
         os._exit(3)
 
 path, empty = sys.argv[1:]
-with Handover(path, allow=users(0, 65534), adopt=True) as handover, open(os.devnull) as file:
-    sock = handover.listen("http", "127.0.0.1", 0)
+
+def confine():
     os.chroot(empty)
     os.chdir("/")
     os.setgroups([])
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
     sys.meta_path.insert(0, Late())
+"""
+
+THREADS = """
+import threading
+from fdshare import users
+from fdshare.handover import Handover, RetiredError
+
+with Handover(path, allow=users(0, 65534), adopt=True) as handover, open(os.devnull) as file:
+    sock = handover.listen("http", "127.0.0.1", 0)
+    confine()
     handover.offer("file", lambda: file)
     handover.offer("much", lambda: bytes(3 << 20))
     handover.offer("function", lambda: lambda x: x)
@@ -342,23 +349,67 @@ with Handover(path, allow=users(0, 65534), adopt=True) as handover, open(os.devn
         handover.send_connection(file)
 """
 
+ASYNCIO = """
+import asyncio
+from fdshare import users
+from fdshare.handover import Handover
+from fdshare.integrations.asyncio_server import Service
 
-def test_nothing_is_imported_once_root_and_user_have_changed(path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", IN_A_CHROOT, os.fspath(path), os.fspath(tmp_path)]
+async def handle(reader, writer):
+    read = reader.readexactly(5)
+    assert await service.read_or_move(read, reader, writer, "http") is None
+
+async def serve():
+    global service
+    with Handover(path, allow=users(0, 65534), adopt=True) as handover:
+        service = Service(handover)
+        sock = await service.start_server(handle, "http", "127.0.0.1", 0)
+        confine()
+        await service.serve(on_ready=lambda states: os.write(1, b"%d" % sock.getsockname()[1]))
+        assert handover.retired.is_set()
+
+asyncio.run(serve())
+"""
+
+
+@contextlib.contextmanager
+def confined(code: str, path: Path, empty: Path) -> Iterator[int]:
+    """A server that confines itself, and forbids itself to import anything; give its port, and see that it ends well."""
+    command = [sys.executable, "-c", CONFINE + code, os.fspath(path), os.fspath(empty)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        port = int(process.stdout.read1())
+        try:
+            yield int(process.stdout.read1())
+            assert process.wait(SOON) == 0
+        finally:
+            process.kill()
+
+
+def test_nothing_is_imported_by_an_event_loop_either(path: Path, tmp_path: Path) -> None:
+    with (
+        confined(ASYNCIO, path, tmp_path) as port,
+        socket.create_connection(("127.0.0.1", port), SOON) as client,
+    ):
+        client.sendall(b"half")
         with Handover(path, allow=BOTH, adopt=True) as new:
-            new.state("file").close()
-            assert len(new.state("much")) == 3 << 20
-            assert new.state("function")(5) == 5
-            for name in ("lock", "failing", "none"):
-                with pytest.raises(KeyError):
-                    new.state(name)
             listen(new, port=port)
-            assert len(new.ready(["much"])["much"]) == 3 << 20
-            new.connections().receive(SOON)[0].close()
-        assert process.wait(SOON) == 0
+            new.ready()
+            connection, data = new.connections().receive(SOON)
+            connection.close()
+            assert data["name"] == "http"
+
+
+def test_nothing_is_imported_once_root_and_user_have_changed(path: Path, tmp_path: Path) -> None:
+    with confined(THREADS, path, tmp_path) as port, Handover(path, allow=BOTH, adopt=True) as new:
+        new.state("file").close()
+        assert len(new.state("much")) == 3 << 20
+        assert new.state("function")(5) == 5
+        for name in ("lock", "failing", "none"):
+            with pytest.raises(KeyError):
+                new.state(name)
+        listen(new, port=port)
+        assert len(new.ready(["much"])["much"]) == 3 << 20
+        new.connections().receive(SOON)[0].close()
 
 
 def test_the_successor_is_who_said_that_it_serves(path: Path) -> None:

@@ -7,6 +7,7 @@ import enum
 import logging
 import os
 import socket
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -52,6 +53,14 @@ class _Phase(enum.Enum):
 _MISSING: Any = object()
 
 
+def _prepare_for_confinement() -> None:
+    """Import what is needed later: a process that is ready may have changed its root or user, and find no modules any more."""
+    import cloudpickle  # noqa: F401 -- for states that pickle cannot take
+
+    if "asyncio" in sys.modules:
+        import concurrent.futures.thread  # noqa: F401 -- for asyncio.to_thread
+
+
 class Handover(Closing):
     """One generation of a server: takes the sockets over from the one before, and hands them to the next.
 
@@ -87,9 +96,7 @@ class Handover(Closing):
         successor_timeout: float | None = PATIENCE_SECONDS,
         adopt: bool = False,
     ) -> None:
-        # What pickle cannot take needs it: when a successor asks, this process may have changed its root or user.
-        import cloudpickle  # noqa: F401
-
+        _prepare_for_confinement()
         self.retired = Retired()
         """Waits until a successor serves: ``wait(timeout)``, ``await``, ``is_set()``; ``fileno()`` is readable then."""
         self._allow = allow
