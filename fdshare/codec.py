@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, Protocol
@@ -44,6 +45,12 @@ WINDOWS = b"\x01"
 
 _MAX_PROBES = 2000
 """Most objects that are tried one by one to find the one that cannot travel."""
+
+_PROBE_SECONDS = 0.5
+"""How long they are tried: each one is encoded with all that it holds."""
+
+_MOST_STEPS_DOWN = 8
+"""How far the way into what is nested too deeply is told: the rest of it says nothing more."""
 
 
 @attrs.define(eq=False)
@@ -390,13 +397,24 @@ def _try_by_value(obj: Any) -> Outgoing | Exception:
 
 
 def _find_culprit(obj: Any, error: Exception) -> tuple[str, Any, Exception]:
-    """Return the path to the innermost part of ``obj`` that cannot be encoded, that part, and why."""
-    path, probes, seen = "message", 0, {id(obj)}
+    """Return the path to the innermost part of ``obj`` that cannot be encoded, that part, and why.
+
+    Or the path to a part that holds it, where finding it would take too long.
+    """
+    path, probes, steps, seen = "message", 0, 0, {id(obj)}
+    until = time.monotonic() + _PROBE_SECONDS
     while not (isinstance(error, reducers.Refused) and error.obj is obj):
+        steps += 1
+        # cloudpickle turns a RecursionError into one of its own
+        too_deep = isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError)
+        if too_deep and steps > _MOST_STEPS_DOWN:
+            break
         for step, child in _children(obj):
             probes += 1
-            if id(child) in seen or probes > _MAX_PROBES:
+            if id(child) in seen:
                 continue
+            if probes > _MAX_PROBES or time.monotonic() > until:
+                return path, obj, error
             seen.add(id(child))
             failure = _try_by_value(child)
             if isinstance(failure, Outgoing):

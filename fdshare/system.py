@@ -45,7 +45,13 @@ HAVE_EVENTFD = is_given(lambda: os.eventfd(0, os.EFD_CLOEXEC))
 HAVE_PIDFD = is_given(lambda: os.pidfd_open(os.getpid()))
 """Processes with a descriptor: Linux from 5.3."""
 
-HAVE_EPOLL = is_given(lambda: os.dup(select.epoll().fileno()))
+
+def _make_epoll() -> int:
+    with select.epoll() as epoll:
+        return os.dup(epoll.fileno())
+
+
+HAVE_EPOLL = is_given(_make_epoll)
 """epoll: Linux."""
 
 

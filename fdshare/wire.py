@@ -142,12 +142,23 @@ def pack(
     return _LAYOUT.pack(type, flags, 0, descriptors, buffers, 0, payload_size, segment_size, nonce)
 
 
-_counter = itertools.count(1)
+_LARGEST_NONCE = (1 << 64) - 1
+_counter: itertools.count[int]
+
+
+def _begin_nonces() -> None:
+    """Begin somewhere: processes that share an end may have equal numbers, each in its own PID namespace."""
+    global _counter
+    _counter = itertools.count(int.from_bytes(os.urandom(8), "little"))
+
+
+_begin_nonces()
+os.register_at_fork(after_in_child=_begin_nonces)
 
 
 def nonce() -> int:
-    """Return a number that no other packet on this machine has, for a while: the process and a count."""
-    return (os.getpid() << 40 | next(_counter)) & 0xFFFF_FFFF_FFFF_FFFF
+    """Return a number that no other packet on this machine has: a count from a random number of this process on."""
+    return next(_counter) & _LARGEST_NONCE
 
 
 def notice_of(header: bytes) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,18 @@ import pytest
 from helpers import SOCKET_TYPES, inject, requires_epoll, requires_seqpacket
 
 import fdshare
-from fdshare import Channel, ChannelSet, ClosedError, FdHandle, ProtocolError, TypedCodec, aio, wire
+from fdshare import (
+    Channel,
+    ChannelSet,
+    ClosedError,
+    FdHandle,
+    NotSendableError,
+    ProtocolError,
+    TypedCodec,
+    aio,
+    wire,
+)
+from fdshare.codec import PickleCodec
 from fdshare.testing import checked_child, numbered_handle, read_number
 
 
@@ -237,3 +249,48 @@ def test_packet_that_a_peek_does_not_see_is_seen_by_poll() -> None:
             assert channel.poll(0.3)
             assert fdshare.wait([channel], 0.3) == [channel]
         assert channel.recv(timeout=10) == 7
+
+
+# --- naming what cannot travel ------------------------------------------------------------------------------------------------
+
+
+def test_part_that_is_nested_too_deeply_is_named_at_once() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    codec = PickleCodec()
+    with most_cpu(0.5), pytest.raises(NotSendableError, match="recursion") as caught:
+        codec.encode({"jobs": [1, deep]})
+    assert (caught.value.path or "").startswith("message['jobs'][1]")
+    assert len(str(caught.value)) < 300
+
+
+def test_search_for_what_cannot_travel_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names what it has found until then: a part that holds the one that cannot."""
+    monkeypatch.setattr("fdshare.codec._PROBE_SECONDS", 0.0)
+    with pytest.raises(NotSendableError, match="lock") as caught:
+        PickleCodec().encode({"jobs": [1, threading.Lock()]})
+    assert caught.value.path == "message"
+
+
+# --- nonces -------------------------------------------------------------------------------------------------------------------
+
+
+def test_processes_of_one_number_have_nonces_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first processes of two PID namespaces, which may share an end."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    reader, writer = os.pipe()
+    ours = {wire.nonce() for _ in range(100)}
+    pid = os.fork()
+    if not pid:
+        os.write(writer, b"".join(wire.nonce().to_bytes(8, "little") for _ in range(100)))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    ours |= {wire.nonce() for _ in range(100)}
+    with open(reader, "rb") as file:
+        os.close(writer)
+        data = file.read()
+    theirs = {int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)}
+    assert len(ours) == 200
+    assert len(theirs) == 100
+    assert not ours & theirs

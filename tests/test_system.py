@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 
 import pytest
+from helpers import requires_epoll
 
 from fdshare import system
 
@@ -31,6 +33,21 @@ def test_name_that_is_not_there_is_not_given() -> None:
 
 def test_what_was_tried_is_closed() -> None:
     assert system.is_given(lambda: os.dup(0))  # the leak fixture looks
+
+
+@requires_epoll
+def test_epoll_is_tried_while_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number belongs to nobody, or to another thread's file, once it is closed."""
+    duplicated: list[int] = []
+
+    def dup(fd: int) -> int:
+        os.fstat(fd)
+        duplicated.append(fd)
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+    monkeypatch.setattr(os, "dup", dup)
+    assert system.is_given(system._make_epoll)
+    assert len(duplicated) == 1
 
 
 def test_names_and_answers_agree() -> None:
