@@ -52,10 +52,13 @@ def run(
             not succeed one that can.
 
     Raises:
-        ValueError: ``bind`` or ``reuse_port`` among the settings.
+        ValueError: ``reuse_port`` among the settings, or ``bind``, unless it is ``unix:PATH``, which is ``uds``.
         HandoverError, TimeoutError, OSError: as Handover.
         SystemExit: at the end, as gunicorn does.
     """
+    bind = settings.get("bind")
+    if uds is None and isinstance(bind, str) and bind.startswith(_UNIX):  # as gunicorn's own users say it
+        uds = settings.pop("bind").removeprefix(_UNIX)
     for refused in ("bind", "reuse_port"):
         if refused in settings:
             raise ValueError(f"{refused} is the handover's affair: say host and port, or uds")
@@ -65,6 +68,9 @@ def run(
         else:
             sock = handover.listen_unix(name, uds, mode=0o666 & ~_umask(settings))
         _application_class()(app, handover, sock, settings).run()
+
+
+_UNIX = "unix:"
 
 
 def _umask(settings: dict[str, Any]) -> int:

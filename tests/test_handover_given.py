@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handovers import listen, port_of
+from handovers import first, listen, port_of
 
 from fdshare import FdHandle
 from fdshare.handle import own_pipe
@@ -101,6 +101,19 @@ def test_of_several_of_that_name_the_likest_is_used(
             assert port_of(listen(handover, port=port_of(four))) == port_of(four)
             handover.ready()
     assert caplog.text.count("is not used, and closed") == 3
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_the_predecessor_has_goes_before_what_the_manager_gives(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, same: bool
+) -> None:
+    """And if that is another socket, the log tells of its end."""
+    with first(path) as (_, old_sock), socket.create_server(("127.0.0.1", 0)) as other:
+        given(monkeypatch, ("http", old_sock if same else other))
+        with Handover(path) as new:
+            assert port_of(listen(new)) == port_of(old_sock)
+            new.ready()
+    assert caplog.text.count("is not used, and closed") == (not same)
 
 
 @pytest.mark.parametrize("kind", ["datagrams", "bound", "connected", "pipe", "seqpacket"])

@@ -170,11 +170,15 @@ def test_gunicorns_umask_is_that_of_the_path(tmp_path: Path, stack: ExitStack) -
     script = tmp_path / "server.py"
     script.write_text(
         "import sys\nfrom fdshare.integrations import gunicorn\n"
-        "gunicorn.run(lambda environ, start: [], sys.argv[1], uds=sys.argv[2], umask='0o027')\n"
+        "gunicorn.run(lambda environ, start: [], sys.argv[1], bind='unix:' + sys.argv[2], umask='0o027')\n"
     )
     program = stack.enter_context(Program(os.fspath(script), tmp_path / "control", tmp_path / "sock"))
     program.wait_for("Booting worker")
     assert (tmp_path / "sock").stat().st_mode & 0o777 == 0o640
+    program.process.send_signal(signal.SIGHUP)  # gunicorn's own reload makes its listeners anew
+    program.wait_for("Booting worker")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(os.fspath(tmp_path / "sock"))
     program.process.terminate()
     assert program.ended() == 0
 

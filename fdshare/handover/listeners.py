@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection
 from typing import Any, Protocol
 
@@ -140,7 +141,8 @@ class Listeners:
     def warn_of_unwanted(self) -> None:
         """Say which sockets of the service manager nobody has asked for: whoever connects there would wonder."""
         for label, handle in self._inherited:
-            if label not in self._held or self._held[label].origin == "inherited":
+            held = self._held.get(label)
+            if held is None or not held.is_open or not _is_same(handle, held.sock):
                 logger.warning("the service manager's %r is not used, and closed: %r", label, handle)
 
     def close_unwanted(self) -> list[str]:
@@ -174,6 +176,10 @@ class Listeners:
         self.close_unwanted()
         for held in self._held.values():
             held.sock.close()
+
+
+def _is_same(handle: FdHandle, sock: HandoverSocket) -> bool:
+    return os.path.samestat(os.fstat(handle.fileno()), os.fstat(sock.fileno()))
 
 
 class _HasFile(Protocol):
