@@ -119,10 +119,10 @@ def prepare(listening: HasFileno) -> None:
     """Let the kernel vouch for each packet of the connections to a listening AF_UNIX socket, from the first one on.
 
     Raises:
-        OSError: as setsockopt(2).
+        OSError: as setsockopt(2), and where it is no socket.
     """
     if _LINUX:
-        with to_socket(FdHandle.dup(listening)) as sock:
+        with FdHandle.dup(listening) as copy, to_socket(copy) as sock:
             ask_credentials(sock)  # accepted ones inherit it
 
 

@@ -12,7 +12,7 @@ import pytest
 from handovers import first, listen, port_of
 
 from fdshare import FdHandle
-from fdshare.handle import own_pipe
+from fdshare.handle import own, own_pipe
 from fdshare.handover import Handover, HandoverError, HandoverSocket
 from fdshare.handover import handover as handover_module
 
@@ -116,7 +116,7 @@ def test_what_the_predecessor_has_goes_before_what_the_manager_gives(
     assert caplog.text.count("is not used, and closed") == (not same)
 
 
-@pytest.mark.parametrize("kind", ["datagrams", "bound", "connected", "pipe", "seqpacket"])
+@pytest.mark.parametrize("kind", ["datagrams", "bound", "connected", "pipe", "seqpacket", "path"])
 def test_what_cannot_serve_is_refused_by_name(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -130,6 +130,9 @@ def test_what_cannot_serve_is_refused_by_name(
             thing = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             thing.bind(os.fspath(tmp_path / "sock"))
             thing.listen()
+        elif kind == "path":
+            with socket.create_server(os.fspath(tmp_path / "sock"), family=socket.AF_UNIX):
+                thing = own(os.open, tmp_path / "sock", os.O_PATH)
         elif kind == "connected":
             thing, other = socket.socketpair()
             stack.enter_context(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
@@ -10,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from handovers import SOON, Bare, answering, ask, first, port_of
@@ -259,18 +261,35 @@ def test_a_successor_that_reads_nothing_cannot_serve_later(
         assert kinds == {"value"}
 
 
-def test_handles_are_owned_whatever_happens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda offer: {"listeners": {**offer["listeners"], "bad": ("spec", FdHandle.dup(0))}}, "describes"),
+        (lambda offer: {"listeners": {"bad": ({"family": 2}, FdHandle.dup(0))}}, "describes a listener"),
+        (lambda offer: {"listeners": {"bad": [{}, 1]}}, "listener that is none"),
+        (lambda offer: {"listeners": [FdHandle.dup(0)]}, "is not one"),
+        (lambda offer: {"control": FdHandle.dup(0)}, "is not one"),
+        (lambda offer: {"control": FdHandle.dup(offer["listeners"]["http"][1])}, "is not one"),
+        (lambda offer: {"control": None}, "is not one"),
+        (lambda offer: {"identity": "file"}, "is the file 'file'"),
+        (lambda offer: {"generation": "1"}, "is not one"),
+    ],
+)
+def test_handles_are_owned_whatever_happens(
+    path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], dict[str, Any]], words: str
+) -> None:
     """An offer that makes no sense is closed, not leaked."""
-    with first(path) as (old, _):
+    with contextlib.ExitStack() as stack, first(path) as (old, _):
         what_to_offer = old._serving.what_to_offer
 
         def nonsense() -> dict[str, object]:
             offer = dict(what_to_offer())
-            offer["listeners"] = {**offer["listeners"], "bad": ("spec", FdHandle.dup(0))}
-            return offer
+            changed = change(offer)
+            stack.callback(protocol.close_handles, offer)  # what was replaced, too
+            return {**offer, **changed}
 
         monkeypatch.setattr(old._serving, "what_to_offer", nonsense)
-        with pytest.raises(OSError, match="describes a listener"):
+        with pytest.raises(OSError, match=words):
             Handover(path)
         monkeypatch.undo()
         wait_until(lambda: old._door is not None and old._door.state is door.DoorState.IDLE)

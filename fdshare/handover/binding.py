@@ -15,7 +15,7 @@ from fdshare import socketfile
 from fdshare.errors import ProtocolError
 from fdshare.handle import FdHandle, own, to_socket
 
-__all__ = ["MAX_NAME", "Spec", "check_name", "identity_of"]
+__all__ = ["MAX_NAME", "Spec", "check_name", "identity_of", "is_control"]
 
 BACKLOG = 1024
 """Connections that wait to be accepted: all that come while the one stops and the other begins, and the system's own bound
@@ -157,13 +157,14 @@ class Spec:
         """Return why ``handle`` cannot serve for this spec at any address: it is of another type; None where it can."""
         if handle.format != stat.S_IFSOCK:
             return f"a {handle.kind}, and no socket"
-        with _borrowed(handle) as sock:
-            if sock.type != self.type:
-                return f"a socket of {_name_of(sock.type)}, and {_name_of(self.type)} was asked for"
-            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            return (
-                None if bool(listens) == (self.type != socket.SOCK_DGRAM) else "a socket that does not listen"
-            )
+        try:
+            with _borrowed(handle) as sock:
+                kind, listens = sock.type, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:  # O_PATH
+            return f"a socket that cannot be used ({error.strerror})"
+        if kind != self.type:
+            return f"a socket of {_name_of(kind)}, and {_name_of(self.type)} was asked for"
+        return None if bool(listens) == (self.type != socket.SOCK_DGRAM) else "a socket that does not listen"
 
     def fits(self, handle: FdHandle, theirs: Spec) -> bool:
         """Whether ``handle``, made for ``theirs``, may serve for this spec.
@@ -214,6 +215,17 @@ class Spec:
             socketfile.remove(self.host, self.identity)
 
 
+def is_control(handle: FdHandle) -> bool:
+    """Whether a descriptor is a listening AF_UNIX socket."""
+    try:
+        with _borrowed(handle) as sock:
+            return sock.family == socket.AF_UNIX and bool(
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            )
+    except OSError:  # no socket
+        return False
+
+
 def identity_of(value: object) -> socketfile.Identity | None:
     """Return which file a socket is, as the other generation has told it.
 
@@ -246,5 +258,5 @@ def _check(type: int) -> None:
 @contextlib.contextmanager
 def _borrowed(handle: FdHandle) -> Iterator[socket.socket]:
     """Look at a descriptor as a socket, without touching its flags."""
-    with to_socket(FdHandle.dup(handle)) as sock:
+    with FdHandle.dup(handle) as copy, to_socket(copy) as sock:
         yield sock

@@ -30,7 +30,7 @@ from fdshare.endpoint import connect
 from fdshare.errors import ClosedError, DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, own
 from fdshare.handover import protocol
-from fdshare.handover.binding import BACKLOG, Spec, identity_of
+from fdshare.handover.binding import BACKLOG, Spec, identity_of, is_control
 from fdshare.handover.errors import HandoverBusyError, HandoverError, HandoverRevokedError
 from fdshare.handover.spoken import OF_SUCCESSORS, Message
 
@@ -275,6 +275,7 @@ def _read_offer(channel: Channel, address: Address, fields: dict[str, Any]) -> t
             isinstance(listeners, dict)
             and len(listeners) <= protocol.MAX_LISTENERS
             and isinstance(control, FdHandle)
+            and is_control(control)
             and isinstance(generation, int)
         ):
             raise ProtocolError("the predecessor's offer is not one")
