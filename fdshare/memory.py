@@ -214,7 +214,12 @@ def _mapped(function: Callable[[int, int], T], fd: int, size: int) -> T:
         return function(fd, size)
     except DecodeError:
         raise
-    except (OSError, MemoryError, ValueError) as error:
+    except (
+        OSError,
+        MemoryError,
+        ValueError,
+        OverflowError,
+    ) as error:  # the last: more than 32 bits can address
         raise DecodeError(f"no memory for a message's segment of {size} bytes: {error}") from error
 
 

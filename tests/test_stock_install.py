@@ -234,7 +234,7 @@ def test_selectors_and_their_like_are_refused_with_a_hint() -> None:
             things = [selector, simple, select.poll(), next(entries), fdshare.ChannelSet()]
         for thing in things:
             for dumps in (pickle.dumps, reduction.ForkingPickler.dumps):
-                with pytest.raises(fdshare.NotSendableError, match=r"there$|send entry\.path"):
+                with pytest.raises(fdshare.NotSendableError, match=r"(?m)there$|send entry\.path"):
                     dumps([thing])
         copy.copy(simple)
     queue: Any = multiprocessing.Queue()

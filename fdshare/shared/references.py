@@ -137,7 +137,7 @@ def rebuild_array(
     array = make_array(mapping, dtype, shape, strides, offset)
     if not writeable:
         array.flags.writeable = False
-    return array if cls is None else array.view(cls)
+    return array if cls is None else array.view(type=cls)  # anything else it would take for a dtype
 
 
 def _check_place(
