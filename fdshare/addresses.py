@@ -13,7 +13,6 @@ import operator
 import os
 import socket
 import stat
-import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -206,9 +205,7 @@ def _connect_later(sock: socket.socket, address: str, timeout: float | None) -> 
     os.set_blocking(sock.fileno(), True)
     while True:
         left = 0.0 if deadline is None else max(deadline - time.monotonic(), 1e-6)
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(left), int(left % 1 * 1e6))
-        )
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, system.timeval(left))
         try:
             sock.connect(address)
         except InterruptedError:
@@ -218,7 +215,7 @@ def _connect_later(sock: socket.socket, address: str, timeout: float | None) -> 
                 errno.ETIMEDOUT, f"the listener's backlog is full, for {timeout:g} s now: it does not accept"
             ) from error
         break
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, system.timeval(0))
 
 
 def _explained(error: OSError, address: str, sock: socket.socket) -> OSError:

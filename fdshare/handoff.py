@@ -10,7 +10,6 @@ import errno
 import os
 import select
 import socket
-import struct
 import sys
 import threading
 import types
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sized
 from importlib import import_module
 from typing import Any
 
-from fdshare import broker, reducers, rights
+from fdshare import broker, reducers, rights, system
 from fdshare.broker import BUNDLED, BUSY, DENIED, GIVEN, UNKNOWN
 from fdshare.codec import Incoming, Outgoing, PickleCodec
 from fdshare.credentials import peer_credentials
@@ -57,7 +56,9 @@ def fetch(address: str, token: bytes, count: int, *, timeout: float | None = Non
     timeout = min(broker.current().lease if timeout is None else timeout, broker.LONGEST_WAIT)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         # Not settimeout(): in a socket that does not block, connect fails at once when the backlog is full.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout), 1))
+        sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, system.timeval(timeout + 1e-6)
+        )  # 0 would be no limit
         try:
             with short_path(address) as short:
                 sock.connect(short)

@@ -10,6 +10,8 @@ import fcntl
 import os
 import resource
 import select
+import socket
+import struct
 import sys
 from collections.abc import Callable
 
@@ -53,6 +55,19 @@ def _make_epoll() -> int:
 
 HAVE_EPOLL = is_given(_make_epoll)
 """epoll: Linux."""
+
+
+_TIMEVAL = "qq" if int(socket.SO_SNDTIMEO) == 67 else "ll"
+"""How a time stands in a socket option. 67 is SO_SNDTIMEO_NEW of Linux, for 32 bits with a time of 64."""
+
+_LONGEST_TIMEVAL = 2**31 - 1
+"""Seconds: what any system takes. To wait for more is to wait for ever."""
+
+
+def timeval(seconds: float) -> bytes:
+    """Return a time for SO_SNDTIMEO or SO_RCVTIMEO; 0 is no limit, and what is more than the system takes becomes its most."""
+    seconds = min(seconds, _LONGEST_TIMEVAL)
+    return struct.pack(_TIMEVAL, int(seconds), int(seconds % 1 * 1e6))
 
 
 def check_file_size(size: int) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import select
 import socket
-import struct
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fdshare import recycle, rights, wire
+from fdshare import recycle, rights, system, wire
 from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
@@ -25,7 +24,7 @@ __all__ = ["SeqpacketTransport", "StreamTransport", "has_read_ahead"]
 _PICKLE_MARK = bytes([wire.PICKLE_MARK])
 _NOTICE_MARK = bytes([wire.NOTICE])
 _CAN_TICK = sys.platform == "linux"
-_TICK = struct.pack("ll", 0, 50_000)
+_TICK = system.timeval(0.05)
 """A timeval of 50 ms: how long it takes at most until a blocked receive notices that another thread has closed its channel."""
 
 MAX_NOTICED = 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import math
 import os
 import resource
 import selectors
@@ -262,8 +263,11 @@ def test_full_backlog(path: str) -> None:
         fill(path, stack)
         with pytest.raises(TimeoutError, match="backlog"):
             connect(path, timeout=0.05)
-        with running(lambda: connect(path, timeout=20).close(), lambda: connect(path).close()):
-            for _ in range(2):
+        timeouts = (20, None, 2**31, 1e300, math.inf)  # the kernel counts in 31 bits where a long has 32
+        with running(
+            *(lambda timeout=timeout: connect(path, timeout=timeout).close() for timeout in timeouts)
+        ):  # type: ignore[misc]
+            for _ in timeouts:
                 listener.accept(20).close()
 
 
