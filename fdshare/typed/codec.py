@@ -5,8 +5,9 @@ What arrives passes, in this order, and is refused at the first that fails:
 1. the packet's header, against :class:`fdshare.limits.Limits`: bytes and descriptors, before any is spent;
 2. the number of values and their nesting (:func:`scan`), where the bytes or the types allow too many;
 3. msgspec, in C: every value is of its declared type, nothing is missing, nothing is added;
-4. each descriptor: what it is and what it is open for; and all of them have a place in the message;
-5. the message class itself, with its validators.
+4. sets, dicts and flags: how much memory they take and, where a sender can choose hashes, how much time (costs.py);
+5. each descriptor: what it is and what it is open for; and all of them have a place in the message;
+6. the message class itself, with its validators.
 
 So a message takes at most five times ``max_bytes`` of memory (text may need four bytes a character), and some 100 bytes for each
 of ``max_items``.
@@ -22,6 +23,7 @@ from fdshare.codec import Incoming, Outgoing, undecodable
 from fdshare.errors import DecodeError, MessageTooLargeError, NotSendableError
 from fdshare.handle import NO_HANDLES
 from fdshare.limits import Limits
+from fdshare.typed.costs import Cost, scan
 from fdshare.typed.fields import Receiving, Sending
 from fdshare.wire import ALWAYS_INLINE, MAX_DESCRIPTORS, MAX_FDS_PER_PACKET
 
@@ -58,7 +60,8 @@ class TypedCodec:
     Args:
         message_types: the attrs classes that may be sent by themselves; classes in their fields come along.
         max_bytes: most bytes of one encoded message, sent or received.
-        max_items: most values in one message, containers and fields each counted.
+        max_items: most values in one message, containers and fields each counted; a set counts for three and its elements
+            for two each, a dict for two, a combination of flags for five.
         max_depth: most levels of nesting in one message; at most 250.
         max_fds: most descriptors of one message, both ways, unless the next two say otherwise.
         send_fds, recv_fds: most descriptors of one message, sent and received; 0 for none at all.
@@ -99,6 +102,7 @@ class TypedCodec:
         self._to_bytes, self._from_bytes = self._schema.coders()
         self._wrong: type[Wrong] = Wrong
         self._always_scan = self._schema.recursive
+        self._counted = self._schema.counted
         self.name: str = f"typed:{hashlib.sha256(self._schema.text.encode()).hexdigest()[:32]}"
         """What both ends must agree on: a hash of the classes, their fields and types."""
         self._nothing = Receiving(NO_HANDLES, self)
@@ -112,7 +116,7 @@ class TypedCodec:
             NotSendableError: it is none of the classes, or something in it is not of its declared type; says what and where.
             MessageTooLargeError: over a bound.
         """
-        sending = Sending(self)
+        sending = Sending(self, Cost(self.max_items))
         try:
             data = self._encode(obj, sending)
         except BaseException:
@@ -127,8 +131,8 @@ class TypedCodec:
     def _encode(self, obj: Any, sending: Sending) -> bytes:
         try:
             data = self._to_bytes(self._pack(obj, sending))
-            if self._always_scan or len(data) > self.max_items:
-                scan(data, self.max_items, self.max_depth)
+            if self._always_scan or len(data) + sending.cost.extra > self.max_items:
+                scan(data, self.max_items - sending.cost.extra, self.max_depth)
             if self._schema.bounded:
                 self._schema.check_bounds(data, self._from_bytes)
         except self._wrong as wrong:
@@ -156,7 +160,7 @@ class TypedCodec:
             DecodeError: it is not one of these classes, or breaks a bound; its descriptors are closed.
         """
         handles = message.handles
-        receiving = Receiving(handles, self) if handles else self._nothing
+        receiving = Receiving(handles, self) if handles or self._counted else self._nothing
         failed = True
         try:
             payload = message.payload
@@ -166,8 +170,11 @@ class TypedCodec:
                     f"over a bound: {len(payload)} bytes (max_bytes is {self.max_bytes}), "
                     f"{len(handles)} descriptors (recv_fds is {self.recv_fds}), {len(message.buffers)} buffers"
                 )
+            items = None
             if self._always_scan or len(payload) > self.max_items:
-                scan(payload, self.max_items, self.max_depth)
+                items = scan(payload, self.max_items, self.max_depth)
+            if self._counted:
+                receiving.cost = Cost(self.max_items, payload, items)
             assert self._unpack is not None  # of every class
             obj = self._unpack(self._from_bytes(payload), receiving)
             if handles:
@@ -213,65 +220,3 @@ def _not_sendable(path: str, value: Any, reason: str) -> NotSendableError:
     return NotSendableError(
         f"cannot send {path} ({type_name}): {reason}", path=path, type_name=type_name, reason=reason
     )
-
-
-# --- counting without building --------------------------------------------------------------------------------------
-
-# How MessagePack's first bytes read: bytes to skip after it, bytes of a size, what each unit of the size is.
-_SIZED = {
-    0xC4: (1, 0),  # bin
-    0xC5: (2, 0),
-    0xC6: (4, 0),
-    0xD9: (1, 0),  # str
-    0xDA: (2, 0),
-    0xDB: (4, 0),
-    0xDC: (2, 1),  # array
-    0xDD: (4, 1),
-    0xDE: (2, 2),  # map
-    0xDF: (4, 2),
-}
-_FIXED = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
-
-
-def scan(data: Any, max_items: int, max_depth: int) -> None:
-    """Count the values of a MessagePack message and their nesting, building nothing; malformed bytes are left to the decoder.
-
-    Takes some 0.2 us a value, and stops at the bound.
-
-    Raises:
-        DecodeError: over a bound.
-    """
-    position, size, items = 0, len(data), 0
-    missing = [1]  # values that each open array or map still lacks
-    while missing:
-        if not missing[-1]:
-            missing.pop()
-            continue
-        missing[-1] -= 1
-        items += 1
-        if items > max_items:
-            raise DecodeError(f"more than {max_items} values in one message (max_items)")
-        if position >= size:
-            return  # truncated
-        code = data[position]
-        position += 1
-        if code < 0x80 or code >= 0xE0:  # a small integer
-            continue
-        if code >= 0xA0:
-            if code < 0xC0:  # a short str
-                position += code & 0x1F
-                continue
-            position += _FIXED.get(code, 0)
-            if code not in _SIZED:
-                continue
-            width, unit = _SIZED[code]
-            count = int.from_bytes(data[position : position + width], "big")
-            position += width
-            if not unit:
-                position += count
-                continue
-        else:
-            count, unit = code & 0x0F, 1 if code >= 0x90 else 2
-        missing.append(count * unit)
-        if len(missing) - 1 > max_depth:
-            raise DecodeError(f"a message is nested more than {max_depth} levels deep (max_depth)")

@@ -26,6 +26,7 @@ import io
 import os
 import socket
 import stat
+import sys
 import typing
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -39,6 +40,7 @@ from fdshare.codec import Codec, Outgoing
 from fdshare.errors import DecodeError
 from fdshare.handle import FdHandle, HandleList, format_of, hand_over, kind_of, to_socket
 from fdshare.reducers import Refused, Unpacking
+from fdshare.typed.costs import Cost
 
 __all__ = ["Descriptor", "Field", "Receiving", "Sending", "field_of"]
 
@@ -56,6 +58,21 @@ _KINDS = {
 """What fstat tells for certain; the rest needs another look."""
 
 
+def _is_made_up(fd: int) -> bool:
+    """Whether the kernel makes a regular file up as it is read: of procfs, sysfs and the like.
+
+    Its reader may wait, as for the memory of another process, and writing it may be an order.  Such a file has no blocks, and
+    its file system none either, as one of memory without a limit, which alone has seals.
+    """
+    if sys.platform != "linux" or os.fstat(fd).st_blocks or os.fstatvfs(fd).f_blocks:
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return True
+    return False
+
+
 def _frozen(names: Iterable[Any] | str) -> frozenset[Any]:
     return frozenset((names,)) if isinstance(names, str) else frozenset(names)
 
@@ -65,7 +82,8 @@ class Descriptor:
     """What a descriptor in a typed message must be: ``Annotated[FdHandle, Descriptor(kinds={"file"}, access="r")]``.
 
     Args:
-        kinds: as :attr:`FdHandle.kind` names them; "file" holds for memory files too.  Empty for what the type says.
+        kinds: as :attr:`FdHandle.kind` names them; "file" holds for memory files too, and not for "pseudo" ones, which the kernel
+            makes up as they are read (``/proc/1/mem``).  Empty for what the type says.
         access: "r", "w" or "rw": exactly what the descriptor was opened for; "path" for one of O_PATH; None for
             any but that.  For a Channel: what it may do.
         directories: whether a directory may come.  With one, a confined process opens what lies below and beside it.
@@ -114,6 +132,8 @@ class Descriptor:
 
     def _kind(self, fd: int) -> str:
         format = format_of(fd)
+        if format == stat.S_IFREG and self.kinds and _is_made_up(fd):
+            return "pseudo"
         if format == stat.S_IFREG and ("file" in self.kinds or not self.kinds):
             return "file"
         return _KINDS.get(format) or kind_of(fd)
@@ -133,14 +153,15 @@ class Descriptor:
 
 
 class Sending:
-    """The descriptors of a message that is being encoded."""
+    """The descriptors of a message that is being encoded, and what it costs."""
 
-    __slots__ = ("_places", "codec", "moving", "out")
+    __slots__ = ("_places", "codec", "cost", "moving", "out")
 
     _places: dict[tuple[int, str], int]
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, cost: Cost) -> None:
         self.codec = codec
+        self.cost = cost
         self.out: Outgoing | None = None
         self.moving = 0
 
@@ -153,7 +174,7 @@ class Sending:
         Raises:
             Refused: it is not what the field declares.
         """
-        key = id(obj), field.text
+        key = id(obj), field.declaration
         if self.out is None:
             self.out, self._places = Outgoing(), {}
         elif key in self._places:
@@ -172,9 +193,12 @@ class Sending:
 
 
 class Receiving(Unpacking):
-    """The descriptors of a message that is being decoded."""
+    """The descriptors of a message that is being decoded, and what it costs."""
 
-    __slots__ = ("_taken", "codec")
+    __slots__ = ("_taken", "codec", "cost")
+
+    cost: Cost
+    """Of messages with something in them that is counted."""
 
     def __init__(self, handles: HandleList, codec: Codec) -> None:
         super().__init__(handles)
@@ -189,8 +213,10 @@ class Receiving(Unpacking):
         """
         if place in self._taken:
             other, obj = self._taken[place]
-            if other.text != field.text:
-                raise DecodeError(f"descriptor {place} stands for both {other.text} and {field.text}")
+            if other.declaration != field.declaration:
+                raise DecodeError(
+                    f"descriptor {place} stands for both {other.declaration} and {field.declaration}"
+                )
             return obj
         if not 0 <= place < len(self.handles):
             raise DecodeError(f"descriptor {place} of a message that has {len(self.handles)}")
@@ -224,6 +250,8 @@ class Field:
 
     text: str
     """What both ends must agree on."""
+    declaration: str
+    """That, and what is each end's own: one object cannot be of two declarations."""
     accepts: frozenset[type]
     ready: Callable[[Any, Descriptor, Sending], int]
     """Makes an object ready to be sent and returns its descriptor; raises Refused."""
@@ -406,7 +434,8 @@ def field_of(annotation: Any, options: Descriptor | None) -> Field | None:
         access=options.access or access,
         families=families,
     )
-    return Field(_describe(name, options), accepts, ready, build, options)
+    text = _describe(name, options)
+    return Field(text, text + _own(name, options), accepts, ready, build, options)
 
 
 def _describe(name: str, options: Descriptor) -> str:
@@ -417,3 +446,12 @@ def _describe(name: str, options: Descriptor) -> str:
     if name == "channel":
         parts.append(options.codec.name if options.codec is not None else "same")
     return f"{name}{parts}"
+
+
+def _own(name: str, options: Descriptor) -> str:
+    """Describe what the other end need not know: how text is read, and which codec it is of those with one name."""
+    if name == "text":
+        return f" with errors={options.errors!r}, newline={options.newline!r}"
+    if name == "channel" and options.codec is not None:
+        return f" with codec {id(options.codec):#x}"
+    return ""

@@ -79,6 +79,8 @@ class Schema:
         """Whether a message can be nested without an end."""
         self.bounded = False
         """Whether something is bounded that only the receiver's check sees."""
+        self.counted = False
+        """Whether something costs more than the values in it say, or time by its sender's choice."""
         self.descriptors = False
         """Whether any field holds a descriptor."""
         nodes = [self._class(cls, "message type") for cls in dict.fromkeys(message_types)]
@@ -187,6 +189,10 @@ class Schema:
         if annotation is None or annotation in PLAIN:
             node = PLAIN[annotation if annotation is not None else types.NoneType]
             return attrs.evolve(node, text=node.text + meta_text(meta), wire=bounded(node.wire, meta))
+        if origin in (set, frozenset, dict) or (
+            isinstance(annotation, type) and issubclass(annotation, enum.Flag)
+        ):
+            self.counted = True
         if origin in (list, set, frozenset) and arguments:
             return sequence_node(origin, self._node(arguments[0], what), meta, what)
         if origin is tuple and arguments:

@@ -16,13 +16,11 @@ import msgspec
 from fdshare.errors import DecodeError
 from fdshare.handle import Moved
 from fdshare.reducers import Refused
+from fdshare.typed.costs import COMBINED, DICT, MAX_HASHED, SET, Cost
 from fdshare.typed.fields import Field, Receiving, Sending
+from fdshare.typed.flags import let_go
 
-__all__ = ["Node", "Wrong"]
-
-MAX_HASHED = 1 << 14
-"""Most keys or elements whose hashes a sender can choose (numbers, and tuples of them): a dict of colliding ones takes time by
-their square, this many take less than a second."""
+__all__ = ["MAX_HASHED", "Node", "Wrong"]
 
 _MIN_INT, _MAX_INT = -(1 << 63), (1 << 64) - 1
 
@@ -59,6 +57,8 @@ class Node:
     """Makes the value of what msgspec decoded; None where that is the value itself."""
     hashed: bool = False
     """Whether it is hashable by a hash that the sender can choose."""
+    made: bool = False
+    """Whether it is made of others, so that many of one hash can be made."""
     hashable: bool = True
     depth: int = 0
     """Levels of arrays in it, without what is recursive."""
@@ -167,6 +167,8 @@ def _flag(cls: type[enum.Flag]) -> Node:
     bits = 0
     for member in cls.__members__.values():
         bits |= member.value
+    let_go(cls)
+    known = cls._value2member_map_.get
 
     def pack(value: Any, sending: Sending) -> Any:
         if type(value) is not cls:
@@ -178,7 +180,11 @@ def _flag(cls: type[enum.Flag]) -> Node:
     def unpack(value: Any, receiving: Receiving) -> Any:
         if value & ~bits:
             raise DecodeError(f"{value} has bits that are no members of {cls.__name__}")
-        return cls(value)
+        member = known(value)
+        if member is None:
+            receiving.cost.take(COMBINED)
+            member = cls(value)
+        return member
 
     return Node(f"{cls.__name__}[{bits:#x}]", int, frozenset({cls}), pack, unpack, hashed=True)
 
@@ -238,7 +244,8 @@ def sequence_node(cls: Any, child: Node, meta: list[Any], what: str) -> Node:
         if type(value) is not cls:
             return expected(pack, value, sending, cls.__name__)
         if unique:
-            _check_hashed(child, value)
+            sending.cost.take(SET + len(value))
+            _check_hashed(child, value, sending.cost)
         packed: list[Any] = []
         try:
             for item in value:
@@ -249,11 +256,14 @@ def sequence_node(cls: Any, child: Node, meta: list[Any], what: str) -> Node:
         return packed
 
     def unpack(value: Any, receiving: Receiving) -> Any:
+        if unique:
+            receiving.cost.take(SET + len(value))
         if unpack_child is not None:
             value = [unpack_child(item, receiving) for item in value]
         if not unique:
             return value if cls is list else tuple(value)
-        return _unique(cls, value, child)
+        _refuse_hashed(child, value, receiving.cost)
+        return _unique(cls, value, len(value))
 
     wire = bounded(_list_of(child.wire), meta)
     through = cls is list and unpack_child is None
@@ -264,28 +274,32 @@ def sequence_node(cls: Any, child: Node, meta: list[Any], what: str) -> Node:
         pack,
         None if through else unpack,
         hashed=child.hashed,
+        made=True,
         hashable=cls in (tuple, frozenset) and child.hashable,
         depth=1 + child.depth,
     )
 
 
-def _check_hashed(child: Node, values: Any) -> None:
-    if child.hashed and len(values) > MAX_HASHED:
-        raise Wrong(
-            values, f"{len(values)} keys or elements of {child.text}; MAX_HASHED is {MAX_HASHED}: send a list"
-        )
+def _check_hashed(child: Node, values: Any, cost: Cost) -> None:
+    objection = cost.objection(values, child.made) if child.hashed else None
+    if objection is not None:
+        raise Wrong(values, f"{len(values)} keys or elements of {child.text}; {objection}: send a list")
 
 
-def _unique(cls: Any, items: list[Any], child: Node) -> Any:
+def _refuse_hashed(child: Node, values: list[Any], cost: Cost) -> None:
+    objection = cost.objection(values, child.made) if child.hashed else None
+    if objection is not None:
+        raise DecodeError(f"{len(values)} keys or elements of {child.text}; {objection}")
+
+
+def _unique(cls: Any, items: Any, count: int) -> Any:
     """Make a set or dict of ``items``.
 
     Raises:
-        DecodeError: one comes twice, or there are too many.
+        DecodeError: one comes twice.
     """
-    if child.hashed and len(items) > MAX_HASHED:
-        raise DecodeError(f"{len(items)} keys or elements of {child.text}; MAX_HASHED is {MAX_HASHED}")
     found = cls(items)
-    if len(found) != len(items):
+    if len(found) != count:
         raise DecodeError(f"a {cls.__name__} in which a key or an element comes twice")
     return found
 
@@ -318,6 +332,7 @@ def tuple_node(children: list[Node]) -> Node:
         pack,
         unpack if any(child.unpack for child in children) else None,
         hashed=any(child.hashed for child in children),
+        made=True,
         hashable=all(child.hashable for child in children),
         depth=1 + max((child.depth for child in children), default=0),
     )
@@ -330,7 +345,8 @@ def dict_node(key: Node, value: Node, meta: list[Any], what: str) -> Node:
     def pack(obj: Any, sending: Sending) -> Any:
         if type(obj) is not dict:
             return expected(pack, obj, sending, "dict")
-        _check_hashed(key, obj)
+        sending.cost.take(DICT)
+        _check_hashed(key, obj, sending.cost)
         packed = []
         for k, v in obj.items():
             try:
@@ -346,12 +362,17 @@ def dict_node(key: Node, value: Node, meta: list[Any], what: str) -> Node:
         return packed
 
     def unpack(items: Any, receiving: Receiving) -> Any:
+        receiving.cost.take(DICT)
         unpack_key, unpack_value = key.unpack, value.unpack
+        if unpack_key is None and unpack_value is None and not key.hashed:
+            return _unique(dict, items, len(items))
+        keys, values = [k for k, _ in items], [v for _, v in items]
         if unpack_key is not None:
-            items = [(unpack_key(k, receiving), v) for k, v in items]
+            keys = [unpack_key(k, receiving) for k in keys]
+        _refuse_hashed(key, keys, receiving.cost)
         if unpack_value is not None:
-            items = [(k, unpack_value(v, receiving)) for k, v in items]
-        return _unique(dict, items, key)
+            values = [unpack_value(v, receiving) for v in values]
+        return _unique(dict, zip(keys, values, strict=True), len(keys))
 
     wire = bounded(_list_of(_tuple_of(key.wire, value.wire)), meta)
     text = f"dict[{key.text}, {value.text}]{meta_text(meta)}"
@@ -390,6 +411,7 @@ def optional_node(inner: Node) -> Node:
         pack,
         None if unpack_inner is None else unpack,
         hashed=inner.hashed,
+        made=inner.made,
         hashable=inner.hashable,
         depth=inner.depth,
     )
@@ -434,6 +456,7 @@ def alternatives_node(nodes: list[Node], what: str) -> Node:
         pack,
         unpack,
         hashed=any(node.hashed for node in nodes),
+        made=any(node.made for node in nodes),
         hashable=all(node.hashable for node in nodes),
         depth=1 + max(node.depth for node in nodes),
     )
