@@ -13,20 +13,20 @@ window); see references.py.
 from __future__ import annotations
 
 import functools
-import io
 import pickle
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 import attrs
 
-from fdshare import alone, reducers
+from fdshare import alone, mains, reducers
 from fdshare import makefiles as _makefiles  # noqa: F401 -- with files.py, registers how files travel
 from fdshare.errors import DecodeError, NotSendableError
-from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles, Moved
+from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles
 from fdshare.handlers import is_from_handler
+from fdshare.parts import parts_of
 from fdshare.wire import ALWAYS_INLINE, MAX_FDS_PER_PACKET, MAX_INLINE
 
 __all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec"]
@@ -241,7 +241,9 @@ def _by_value_encoder() -> type[Any]:
         def reducer_override(self, obj: Any) -> Any:
             reduce = reducers.find_reducer(type(obj))
             reduced = NotImplemented if reduce is None else reduce(obj, self)
-            return super().reducer_override(obj) if reduced is NotImplemented else reduced
+            return (
+                mains.with_name(obj, super().reducer_override(obj)) if reduced is NotImplemented else reduced
+            )
 
     return ByValueEncoder
 
@@ -250,10 +252,23 @@ _spare: list[_Encoder] = []
 _take_spare, _keep_spare = _spare.pop, _spare.append
 
 
+class _ByNameEncoder(_Encoder):
+    """For who has the same main module, even one that nobody can import."""
+
+    by_value = True  # so that reducers leave the choice to pickle
+
+
 class PickleCodec:
-    """The default codec: pickle with reducers, then cloudpickle.  For processes of one user that trust each other."""
+    """The default codec: pickle with reducers, then cloudpickle.  For processes of one user that trust each other.
+
+    Args:
+        alike: whether the receiver is a fork of this process, so that it has whatever is defined in the main module.
+    """
 
     name = "pickle"
+
+    def __init__(self, *, alike: bool = False) -> None:
+        self._alike = alike
 
     def encode(self, obj: Any) -> bytes | Outgoing:
         """Encode ``obj``; nothing is changed in it, whatever is to be moved.
@@ -280,7 +295,7 @@ class PickleCodec:
                 encoder.outgoing.failed()
             if is_from_handler(error):
                 raise
-            return _encode_by_value(obj, error)  # any __reduce__ may raise anything
+            return _encode_otherwise(obj, error, self._alike)  # any __reduce__ may raise anything
         encoder.clear_memo()
         chunks = encoder.chunks
         if out is None and len(chunks) == 1:
@@ -366,12 +381,18 @@ def raise_undecodable(error: Exception) -> NoReturn:
 # --- when pickle fails: cloudpickle, and then an error that says where -----------------------------------------
 
 
-def _encode_by_value(obj: Any, first: Exception) -> Outgoing:
+def _encode_otherwise(obj: Any, first: Exception, alike: bool) -> bytes | Outgoing:
     """Try again with cloudpickle; ``first`` is what pickle said."""
-    refused = isinstance(first, reducers.Refused) and not isinstance(first.obj, types.FunctionType | type)
-    error = first if refused else _try_by_value(obj)
+    refused = isinstance(first, reducers.Refused)
+    of_main = refused and isinstance(first.obj, types.FunctionType | type)  # type: ignore[attr-defined]
+    by_name = of_main and mains.importable() is mains.Importable.BY_FORKS
+    if by_name and alike and (named := _try_by_name(obj)) is not None:
+        return named
+    error = _try(_by_value_encoder()(), obj) if of_main or not refused else first
     if isinstance(error, Outgoing):
         return error
+    if by_name and not alike and (named := _try_by_name(obj)) is not None:
+        return named  # it will do for a fork of this process
     path, culprit, error = _find_culprit(obj, error)
     type_name = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
     reason = str(error) or type(error).__name__
@@ -380,9 +401,18 @@ def _encode_by_value(obj: Any, first: Exception) -> Outgoing:
     ) from error
 
 
-def _try_by_value(obj: Any) -> Outgoing | Exception:
-    """Encode ``obj`` with cloudpickle; return the exception where that fails too."""
-    encoder = _by_value_encoder()()
+def _try_by_name(obj: Any) -> bytes | Outgoing | None:
+    """Encode ``obj`` with pickle and the names of the main module; None where that fails."""
+    out = _try(_ByNameEncoder(), obj)
+    if isinstance(out, Exception):
+        return None
+    if out.fds or out.buffers or sum(map(len, out.payload)) > ALWAYS_INLINE:
+        return out
+    return b"".join(out.payload)
+
+
+def _try(encoder: Any, obj: Any) -> Outgoing | Exception:
+    """Encode ``obj``; return the exception where that fails."""
     try:
         encoder.dump(obj)
         encoder.finish()
@@ -409,14 +439,14 @@ def _find_culprit(obj: Any, error: Exception) -> tuple[str, Any, Exception]:
         too_deep = isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError)
         if too_deep and steps > _MOST_STEPS_DOWN:
             break
-        for step, child in _children(obj):
+        for step, child in parts_of(obj):
             probes += 1
             if id(child) in seen:
                 continue
             if probes > _MAX_PROBES or time.monotonic() > until:
                 return path, obj, error
             seen.add(id(child))
-            failure = _try_by_value(child)
+            failure = _try(_by_value_encoder()(), child)
             if isinstance(failure, Outgoing):
                 failure.failed()
                 continue
@@ -425,62 +455,3 @@ def _find_culprit(obj: Any, error: Exception) -> tuple[str, Any, Exception]:
         else:
             break
     return path, obj, error
-
-
-def _shown(key: object) -> str:
-    """Return the repr of a key or an element, cut to 60 characters; its type where that raises."""
-    try:
-        return f"{key!r:.60}"
-    except Exception:  # noqa: BLE001 -- any __repr__ may raise anything
-        return f"<{type(key).__name__}>"
-
-
-def _children(obj: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what ``obj`` holds, each with its step of the path."""
-    if isinstance(obj, dict):
-        for key, value in obj.items():
-            yield f"[{_shown(key)}]", value
-        for key in obj:
-            yield f".keys()[{_shown(key)}]", key
-    elif isinstance(obj, list | tuple):
-        for index, item in enumerate(obj):
-            yield f"[{index}]", item
-    elif isinstance(obj, set | frozenset):
-        for item in obj:
-            yield f"{{{_shown(item)}}}", item
-    elif isinstance(obj, Moved):
-        yield "", obj.obj
-    elif isinstance(obj, functools.partial):
-        yield ".func", obj.func
-        yield ".args", obj.args
-        yield ".keywords", obj.keywords
-    elif isinstance(obj, types.MethodType):
-        yield ".__self__", obj.__self__
-    elif isinstance(obj, types.FunctionType):
-        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True):
-            try:
-                yield f".{name}", cell.cell_contents
-            except ValueError:
-                pass  # not set yet
-        for name in obj.__code__.co_names:
-            if name in obj.__globals__:
-                yield f".{name}", obj.__globals__[name]
-    elif not isinstance(obj, type | types.ModuleType):
-        for name, value in getattr(obj, "__dict__", {}).items():
-            yield f".{name}", value
-        for name in _slots(obj):
-            try:
-                yield f".{name}", getattr(obj, name)
-            except Exception:  # noqa: BLE001 -- unset, or a __getattr__ that raises anything
-                pass
-
-
-def _slots(obj: Any) -> Iterator[str]:
-    """Yield the names by which ``obj`` holds something beside its ``__dict__``: of slots, and of files below files."""
-    if isinstance(obj, io.IOBase):
-        yield from ("buffer", "raw")
-    for cls in type(obj).__mro__:
-        names = vars(cls).get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            mangled = name.startswith("__") and not name.endswith("__")
-            yield f"_{cls.__name__.lstrip('_')}{name}" if mangled else name

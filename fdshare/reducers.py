@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import _socket
 import copyreg
-import os
 import select
 import socket
 import stat
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fdshare.errors import DecodeError
 from fdshare.handle import FdHandle, HandleList, Moved, format_of, hand_over, to_socket
+from fdshare.mains import Importable, importable
 from fdshare.native import Socket
 
 if TYPE_CHECKING:
@@ -366,16 +366,14 @@ def rebuild_epoll(index: int, format: int) -> Any:
 
 
 def reduce_by_name(obj: Any, context: Context) -> Reduced:
-    """Functions and classes travel by name, except those of a main module that no other process can import."""
-    if not context.by_value and getattr(obj, "__module__", None) == "__main__" and not _main_is_importable():
+    """Functions and classes travel by name, except those of a main module that not every other process can import."""
+    if (
+        not context.by_value
+        and getattr(obj, "__module__", None) == "__main__"
+        and importable() is not Importable.BY_ALL
+    ):
         raise Refused(obj, "it lives in a __main__ that other processes cannot import")
     return NotImplemented
-
-
-def _main_is_importable() -> bool:
-    main = sys.modules.get("__main__")
-    file = getattr(main, "__file__", None)
-    return getattr(main, "__spec__", None) is not None or bool(file and os.path.isfile(file))
 
 
 known.update(

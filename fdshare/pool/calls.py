@@ -34,6 +34,7 @@ MAX_CODE = 16 * 1024
 """Largest encoded function that is sent beside its number, bytes: it travels with each call, so that any worker can take any."""
 
 _encode = PickleCodec().encode
+_encode_alike = PickleCodec(alike=True).encode
 _numbers = itertools.count(1)
 _PLAIN = frozenset((int, float, bool, type(None)))
 """What pickle alone encodes as the codec does, in half of its time; and small, or else it is encoded twice."""
@@ -64,31 +65,37 @@ class _Encoded:
 _known: weakref.WeakKeyDictionary[Callable[..., Any], _Encoded] = weakref.WeakKeyDictionary()
 _named: dict[int, tuple[int, bytes, weakref.ref[Any]]] = {}
 """Number and code of functions that go by name, by their id while they live."""
+_named_alike: dict[int, tuple[int, bytes, weakref.ref[Any]]] = {}
+"""The same for workers that are forks of this process."""
 _fixed: weakref.WeakKeyDictionary[types.CodeType, bool] = weakref.WeakKeyDictionary()
 
 
 def encode_call(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, alike: bool = False
 ) -> bytes | Outgoing:
     """Encode a call.
+
+    Args:
+        alike: whether the workers are forks of this process.
 
     Raises:
         NotSendableError: something in it cannot travel.
         BaseException: what any ``__reduce__`` raised beside Exceptions.
     """
+    encode = _encode_alike if alike else _encode
     if type(function) is types.FunctionType:
-        named = _named.get(id(function))
+        named = (_named_alike if alike else _named).get(id(function))
         if named is not None:
             call = named[0], named[1], args, kwargs
             if not kwargs and _PLAIN.issuperset(map(type, args)):
                 message = pickle.dumps(call, PROTOCOL)
                 if len(message) <= ALWAYS_INLINE:
                     return message
-            return _encode(call)
-        encoded = _encoded(function)
+            return encode(call)
+        encoded = _encoded(function, alike)
         if encoded is not None:
-            return _encode((encoded.number, encoded.code, args, kwargs))
-    return _encode((function, args, kwargs))
+            return encode((encoded.number, encoded.code, args, kwargs))
+    return encode((function, args, kwargs))
 
 
 def encode_result(value: Any) -> bytes | Outgoing:
@@ -104,14 +111,15 @@ def encode_result(value: Any) -> bytes | Outgoing:
     return _encode(value)
 
 
-def _encoded(function: types.FunctionType) -> _Encoded | None:
+def _encoded(function: types.FunctionType, alike: bool) -> _Encoded | None:
     """Return the function's code from an earlier call or made now; None where it must be encoded anew each time."""
-    if "<" not in function.__qualname__ and isinstance(message := _encode(function), bytes):
-        if len(_named) >= MAX_FUNCTIONS:
-            _named.clear()
+    encode, names = (_encode_alike, _named_alike) if alike else (_encode, _named)
+    if "<" not in function.__qualname__ and isinstance(message := encode(function), bytes):
+        if len(names) >= MAX_FUNCTIONS:
+            names.clear()
         key = id(function)
-        forget = weakref.ref(function, lambda _: _named.pop(key, None))
-        _named[key] = number, _, _ = next(_numbers), message, forget
+        forget = weakref.ref(function, lambda _: names.pop(key, None))
+        names[key] = number, _, _ = next(_numbers), message, forget
         return _Encoded(number, message, [])
     snapshot: list[Any] = []
     if not _snapshot(function, snapshot, set()):
@@ -119,7 +127,7 @@ def _encoded(function: types.FunctionType) -> _Encoded | None:
     known = _known.get(function)
     if known is not None and _same(known.snapshot, snapshot):
         return known
-    message = _encode(function)
+    message = encode(function)
     if isinstance(message, bytes):
         code = message
     else:

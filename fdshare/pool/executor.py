@@ -178,7 +178,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         if pool.closing or pool.broken is not None or pool.abandoned:
             pool.check_open()
         try:
-            message = encode_call(function, args, kwargs)
+            message = encode_call(function, args, kwargs, alike=pool.forks)
         except (Exception, SystemExit) as error:  # noqa: BLE001 -- any __reduce__ may raise anything
             pool.grow()
             future.start()
