@@ -278,3 +278,58 @@ def nap(seconds: float, value: Any = None) -> Any:
 
 def lock_global() -> bool:
     return bool(_value.acquire(block=False))
+
+
+def type_of_global() -> str:
+    return str(_value.__name__)
+
+
+def meet(telling: FdHandle, awaited: FdHandle) -> None:
+    """Say that this task has begun, then wait until all have."""
+    with telling, awaited:
+        os.write(telling.fileno(), b"!")
+        os.read(awaited.fileno(), 1)
+
+
+def fill(executor: fdshare.ProcessPoolExecutor, count: int) -> None:
+    """Have ``count`` workers run at once."""
+    told, telling = map(FdHandle, os.pipe())
+    awaited, release = map(FdHandle, os.pipe())
+    with told, telling, awaited, release:
+        futures = [executor.submit(meet, telling, awaited) for _ in range(count)]
+        for _ in range(count):
+            assert os.read(told.fileno(), 1) == b"!"
+        os.write(release.fileno(), bytes(count))
+        for future in futures:
+            future.result(30)
+
+
+def meet_at(path: str, count: int) -> None:
+    """Wait until as many processes as ``count`` have come."""
+    os.makedirs(path, exist_ok=True)
+    open(f"{path}/{os.getpid()}", "x").close()
+    deadline = time.monotonic() + 30
+    while len(os.listdir(path)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there that has not ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def parent() -> tuple[int, bool]:
+    """Return the pid of the parent, as multiprocessing tells, and whether it is alive."""
+    process = multiprocessing.parent_process()
+    assert process is not None
+    assert process.pid is not None
+    return process.pid, process.is_alive()
+
+
+def stop_once(parent: int) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)

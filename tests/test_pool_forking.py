@@ -15,6 +15,7 @@ from typing import ClassVar
 import pytest
 
 from fdshare import FdHandle, ProcessPoolExecutor
+from fdshare.pool import template
 from tests import pool_tasks as tasks
 from tests.helpers import wait_until
 
@@ -60,16 +61,17 @@ def test_forking_that_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_worker_that_cannot_be_replaced_at_once_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = multiprocessing.context.ForkContext()
-    monkeypatch.setattr(context, "Process", CountedProcess)
-    monkeypatch.setattr(CountedProcess, "left", 2)
-    with ProcessPoolExecutor(2, context) as executor:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as executor:
         executor.submit(operator.neg, 1).result(TIMEOUT)
         victim, survivor = executor._processes
-        os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: executor._pool.short)  # the pool has tried
-        assert executor.submit(tasks.pid).result(TIMEOUT) == survivor
-        CountedProcess.left = 1
+        with monkeypatch.context() as patch:
+            patch.setattr(template.Template, "start_worker", refuse)
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: executor._pool.short)  # the pool has tried
+            assert executor.submit(tasks.pid).result(TIMEOUT) == survivor
         reader, writer = map(FdHandle, os.pipe())
         with reader, writer:
             blocked = executor.submit(tasks.wait_for, reader)

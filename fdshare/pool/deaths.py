@@ -38,6 +38,9 @@ DEATH_TICK = None if system.HAVE_PIDFD else 1.0
 """How often, in seconds, workers are asked for their ends; None where the kernel tells.  Without pidfds the end of a pipe tells,
 which a process that the worker forked may hold open."""
 
+UNWATCHED_TICK = 0.2
+"""The same for workers of whose ends no descriptor tells, since there are so few."""
+
 ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending"
 
 
@@ -49,6 +52,7 @@ class Undertaker:
     _poller: Any
     _choked: dict[Worker, float]
     _dying: set[Worker]
+    _unwatched: set[Worker]
     _startup_deaths: int
     _startup_exits: int
 
@@ -62,11 +66,12 @@ class Undertaker:
             self._poller.unregister(worker.channel.fileno())
 
     def _ended_unseen(self, seen: list[Worker]) -> list[Worker]:
-        """Return the workers that have ended without a word; those of a fork server cannot be asked."""
+        """Return the workers that have ended without a word."""
+        asked = tuple(self._unwatched if system.HAVE_PIDFD else self.pool.workers.values())
         return [
             worker
-            for worker in tuple(self.pool.workers.values())
-            if worker not in seen and worker not in self._dying and worker.process.exitcode is not None
+            for worker in asked
+            if worker not in seen and worker not in self._dying and worker.body and worker.body.has_ended()
         ]
 
     def _bury(self, worker: Worker) -> None:
@@ -77,7 +82,10 @@ class Undertaker:
             with pool.lock:
                 worker.leaving = True  # it gets nothing new, and nobody reads its answers but this thread
                 pool.attend(worker)
-            self._poller.unregister(worker.sentinel())
+            if worker in self._unwatched:
+                self._unwatched.discard(worker)
+            else:
+                self._poller.unregister(worker.sentinel())
         if worker in self._choked:
             return  # its answers wait for room: see _try_choked
         while self._take_answers(worker):
@@ -101,8 +109,8 @@ class Undertaker:
                         pool.doom(task, self._reason(task, worker, None))
         self._dying.remove(worker)
         self._poller.unregister(worker.channel.fileno())
-        worker.process.join()
-        self._account_for(worker, worker.process.exitcode)
+        assert worker.body is not None
+        self._account_for(worker, worker.body.reap())
 
     def _account_for(self, worker: Worker, exitcode: int | None) -> None:
         """Settle what a dead worker was running, and replace it."""
@@ -162,6 +170,10 @@ class Undertaker:
 
     def _reason(self, task: Task, worker: Worker, exitcode: int | None) -> BaseException:
         """Return the exception for a task that was with a worker when it ended."""
+        if task.timed_out and not worker.ready:
+            return TaskTimeoutError(
+                f"the task's limit of {task.timeout:g} s has passed, and its worker was not ready to begin it"
+            )
         if task.timed_out:
             return TaskTimeoutError(
                 f"the task ran past its limit of {task.timeout:g} s; its worker was killed"
@@ -192,6 +204,11 @@ class Undertaker:
             with pool.lock:
                 pool.short = True
                 alone = not pool.workers and not pool.starting
+                if alone and isinstance(error, FdLimitError):  # which whoever submits next is told
+                    for task in pool.pending:
+                        pool.doom(task, error)
+                    pool.pending.clear()
+                    return
             if alone:
                 broken = BrokenProcessPool(f"no worker is left and none can be started: {error}")
                 broken.__cause__ = error

@@ -30,7 +30,9 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Executor
@@ -51,6 +53,9 @@ from fdshare.pool.tasks import Task
 __all__ = ["PoolView", "ProcessPoolExecutor"]
 
 T = TypeVar("T")
+
+TERMINATE_SECONDS = 2.0
+"""How long ``terminate_workers`` leaves a worker to end by SIGTERM, which a task may handle to clean up."""
 
 _exiting = False
 
@@ -248,7 +253,8 @@ class ProcessPoolExecutor(StandardNames, Executor):
 
         Args:
             timeout: seconds a task may run, counted from its beginning; then its worker is killed and the task fails with
-                TaskTimeoutError.  None for no limit.
+                TaskTimeoutError.  So it does where its worker is not ready in that time and five seconds after its start, or
+                longer where others took more than one to be.  None for no limit.
             retries: how often a task may run again after its worker has died under it.  It must bear being run twice.
 
         Raises:
@@ -295,7 +301,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
     def terminate_workers(self) -> None:
         """End all workers at once by SIGTERM; tasks that wait are cancelled, those that run fail.
 
-        Does not wait for their end.
+        Does not wait for their end.  Who has not ended after two seconds, because it ignores the signal or is stopped, is killed.
 
         Raises:
             PermissionError: a worker has changed its user.
@@ -315,19 +321,15 @@ class ProcessPoolExecutor(StandardNames, Executor):
     def _end_workers(self, *, terminate: bool) -> None:
         pool = self._pool
         with pool.lock:
-            processes = [worker.process for worker in pool.workers.values()]
             pool.closing = pool.ended = True
             pool.let_go()
+            if terminate and pool.kill_at is None:
+                pool.kill_at = time.monotonic() + TERMINATE_SECONDS
         pool.withdraw_all(begun_by_order=False)
         pool.wake()
-        for process in processes:
-            try:
-                if terminate:
-                    process.terminate()
-                else:
-                    process.kill()
-            except (ValueError, ProcessLookupError):
-                pass  # ended and closed meanwhile
+        with pool.lock:
+            for worker in pool.workers.values():
+                worker.signal(signal.SIGTERM if terminate else signal.SIGKILL)
 
 
 class PoolView:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fdshare.pool.tasks import Task
     from fdshare.pool.workers import Worker
 
-__all__ = ["STREAK", "Lead", "Leaders", "Seat", "lead", "seat_of"]
+__all__ = ["STREAK", "Lead", "Leaders", "Seat", "lead"]
 
 _RUNNING, _FINISHED = states.RUNNING, states.FINISHED
 _loads = pickle.loads
@@ -56,16 +56,29 @@ class Lead:
     valid = True
 
 
+SPARE_SEATS = 2
+"""So many seats are kept while nobody sits there: few threads lead at a time, and each costs a descriptor."""
+
+
 class Seat:
     """Where a worker's leader sleeps: until something comes in the channel, or somebody sends it away."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self) -> None:
         self.bell: FdHandle = own(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.rung = False
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        poll.register(self.bell.fileno(), select.POLLIN)
-        self.poll = poll.poll
+        self._poll = select.poll()
+        self._poll.register(self.bell.fileno(), select.POLLIN)
+        self._fd = -1
+        self.poll = self._poll.poll
+
+    def move_to(self, fd: int) -> None:
+        """Stand at another channel."""
+        if self._fd != fd:
+            former, self._fd = self._fd, -1
+            if former >= 0:
+                self._poll.unregister(former)
+            self._poll.register(fd, select.POLLIN)
+            self._fd = fd
 
     def ring(self) -> None:
         """Wake the leader."""
@@ -80,16 +93,6 @@ class Seat:
             except BlockingIOError:
                 pass  # it was being rung when an interrupt came
             self.rung = False
-
-
-def seat_of(worker: Worker) -> Seat | None:
-    """Return a seat for a worker that is ready; None where the system has none to give."""
-    if not system.HAVE_EVENTFD:
-        return None
-    try:
-        return Seat(worker.channel.fileno())
-    except OSError:  # no descriptor left
-        return None
 
 
 def lead(task: Task, future: TaskFuture, deadline: float | None) -> None:
@@ -112,8 +115,9 @@ def lead(task: Task, future: TaskFuture, deadline: float | None) -> None:
             # Whoever looks at the future from now on sees that it is led.
             if not future.may_be_led or not (worker.masked or pool.mask(worker)):
                 return
-            seat = worker.seat
-            assert seat is not None
+            seat = worker.seat or pool.seat_for(worker)
+            if seat is None:
+                return
         while True:
             if deadline is None:
                 seat.poll()
@@ -188,7 +192,8 @@ def _may_lead(worker: Worker, task: Task) -> bool:
     return not (
         worker.lead is not None
         or len(worker.assigned) != 1
-        or worker.seat is None  # not ready
+        or not worker.ready
+        or not system.HAVE_EVENTFD
         or worker.leaving
         or task.timeout is not None
         or task.retries
@@ -199,6 +204,7 @@ def _leave(pool: Leaders, worker: Worker) -> None:
     """Give the channel back to the manager; twice is harmless."""
     with pool.lock:
         if worker.gone:
+            pool._unseat(worker)
             worker.close()
         elif worker.lead is None:
             if worker.seat is not None:
@@ -222,6 +228,7 @@ class Leaders(Backlog):
         self.futures = 0  # how many were made
         self.streak = 0  # how many tasks in a row the caller has waited for, one after the other
         self.untended = False  # idle workers may find something to do
+        self.seated: list[Worker] = []  # which have a seat
 
     def _note_idle(self, worker: Worker) -> None:
         raise NotImplementedError
@@ -262,6 +269,32 @@ class Leaders(Backlog):
                 self.manager.unmask(worker)
             worker.masked = False
 
+    def seat_for(self, worker: Worker) -> Seat | None:
+        """Give a worker a seat, where somebody may have to be sent away; None without a descriptor for it.  Lock held."""
+        for other in self.seated:
+            if other.lead is None and other.seat is not None:
+                seat = other.seat
+                seat.move_to(worker.channel.fileno())
+                self.seated.append(worker)  # before the other one is without: twice in there is harmless
+                worker.seat, other.seat = seat, None
+                self.seated.remove(other)
+                return seat
+        try:
+            seat = Seat()
+        except OSError:
+            return None
+        seat.move_to(worker.channel.fileno())
+        self.seated.append(worker)
+        worker.seat = seat
+        return seat
+
+    def _unseat(self, worker: Worker) -> None:
+        if worker.seat is not None:
+            worker.seat.bell.close()
+            worker.seat = None
+        while worker in self.seated:
+            self.seated.remove(worker)
+
     def attend_all(self) -> None:
         """The same with all workers.  Lock held."""
         for worker in self.workers.values():
@@ -293,11 +326,14 @@ class Leaders(Backlog):
         self.attend(worker)
         worker.gone = True
         if worker.lead is None:
+            self._unseat(worker)
             worker.close()
 
     def after_lead(self, worker: Worker) -> None:
         """Do what follows an answer that the manager has not seen.  Lock held."""
         self.let_go()
+        if len(self.seated) > SPARE_SEATS:
+            self._unseat(worker)
         manager = self.manager
         if manager is None or worker.assigned or worker.leaving:
             self.attend(worker)

@@ -21,8 +21,7 @@ from fdshare import parcel, recycle, system
 from fdshare.errors import DecodeError, FdLimitError, PeerClosedError
 from fdshare.handle import FdHandle, own, own_pipe
 from fdshare.pool.calls import typed
-from fdshare.pool.deaths import BATCH, DEATH_TICK, Undertaker
-from fdshare.pool.leading import seat_of
+from fdshare.pool.deaths import BATCH, DEATH_TICK, UNWATCHED_TICK, Undertaker
 from fdshare.pool.poller import Poller
 from fdshare.pool.pool import CHOKED_SECONDS
 from fdshare.pool.raised import explain
@@ -34,6 +33,7 @@ from fdshare.pool.tasks import (
     READY,
     Task,
 )
+from fdshare.pool.workers import MAX_START_SECONDS, START_FACTOR
 
 if TYPE_CHECKING:
     from fdshare.pool.pool import Pool
@@ -64,6 +64,7 @@ class Manager(Undertaker, threading.Thread):
         self._poller.register(self._wake_reader.fileno(), None)
         self._choked: dict[Worker, float] = {}  # whose answers do not fit into this process, and since when
         self._dying: set[Worker] = set()  # dead, and choked
+        self._unwatched: set[Worker] = set()  # of whose ends no descriptor tells
         self._startup_deaths = self._startup_exits = 0
 
     # --- called by any thread ---------------------------------------------------------------------------------------
@@ -87,7 +88,12 @@ class Manager(Undertaker, threading.Thread):
 
     def watch(self, worker: Worker) -> None:
         """Begin to look after a worker."""
-        self._poller.register(worker.sentinel(), (worker, True))
+        sentinel = worker.sentinel()
+        if sentinel is None:
+            self._unwatched.add(worker)
+            self.wake()
+        else:
+            self._poller.register(sentinel, (worker, True))
         self._poller.register(worker.channel.fileno(), (worker, False))
         if not self._poller.sees_changes:
             self.wake()
@@ -103,10 +109,15 @@ class Manager(Undertaker, threading.Thread):
 
     def filenos(self) -> list[int]:
         """Borrow the descriptors that a fork inherits."""
-        return [*self._poller.filenos(), *{self._wake_reader.fileno(), self._wake_writer.fileno()}]
+        wakers = {self._wake_reader.fileno(), self._wake_writer.fileno()}
+        return [*self._poller.filenos(), *wakers, *self.pool.starter.filenos()]
 
     def close(self) -> None:
-        """Let go of the descriptors."""
+        """Let go of the descriptors, and in the parent of what workers have in common."""
+        if self.pool.abandoned:
+            self.pool.starter.let_go()
+        else:
+            self.pool.starter.close()
         self._poller.close()
         self._wake_reader.close()
         self._wake_writer.close()
@@ -136,9 +147,10 @@ class Manager(Undertaker, threading.Thread):
             workers, pool.workers = dict(pool.workers), {}
             pool.closing = True
             pool.let_go()
-            pool.initializer, pool.initargs = None, ()  # for whoever counts references to them
+            pool.starter.forget_setup()  # for whoever counts references to it
         for worker in workers.values():
-            worker.process.join()
+            if worker.body is not None:
+                worker.body.reap()
             with pool.lock:
                 pool.dismiss(worker)
         running.discard(self)
@@ -175,13 +187,15 @@ class Manager(Undertaker, threading.Thread):
                 dead.append(worker)
             elif worker not in self._choked and not worker.masked:  # masked since it was polled
                 self._take_answers(worker)
-        if DEATH_TICK is not None:
+        if DEATH_TICK is not None or self._unwatched:
             dead += self._ended_unseen(dead)
         for worker in dead:
             self._bury(worker)
         now = time.monotonic()
         if pool.timed:
             self._enforce_limits(now)
+        if pool.kill_at is not None and now >= pool.kill_at:
+            self._kill_all()
         if pool.choked or self._choked:
             self._try_choked(now)
         if pool.outcomes:
@@ -206,15 +220,17 @@ class Manager(Undertaker, threading.Thread):
     def _timeout(self) -> float | None:
         """Seconds until something is due; None while nothing is."""
         pool = self.pool
-        if not (pool.timed or pool.choked or self._choked):
-            return DEATH_TICK
-        due = [] if DEATH_TICK is None else [DEATH_TICK]
+        tick = UNWATCHED_TICK if self._unwatched else DEATH_TICK
+        if not (pool.timed or pool.choked or self._choked or pool.kill_at):
+            return tick
+        due = [] if tick is None else [tick]
         due += [CHOKED_TICK] if pool.choked or self._choked else []
+        now = time.monotonic()
+        due += [] if pool.kill_at is None else [max(0.0, pool.kill_at - now)]
         if pool.timed:
-            now = time.monotonic()
             with pool.lock:
                 for worker in pool.workers.values():
-                    if (limit := worker.deadline()) is not None:
+                    if (limit := worker.deadline(pool.start_seconds)) is not None:
                         due.append(max(0.0, limit - now))
         return min(due, default=None)
 
@@ -275,8 +291,8 @@ class Manager(Undertaker, threading.Thread):
         """Take in what a worker tells of itself.  Lock held."""
         if kind == READY:
             worker.ready = True
-            worker.seat = seat_of(worker)
-            worker.since = time.monotonic()
+            worker.since = now = time.monotonic()
+            self.pool.start_seconds = max(self.pool.start_seconds, START_FACTOR * (now - worker.begun))
             self._startup_deaths = self._startup_exits = 0
             return
         worker.leaving = worker.leaves = True
@@ -329,8 +345,11 @@ class Manager(Undertaker, threading.Thread):
         """Kill workers whose task runs past its limit, and nobody else's task with them."""
         pool = self.pool
         for worker in list(pool.workers.values()):
-            limit = worker.deadline()
+            limit = worker.deadline(pool.start_seconds)
             if limit is None or limit > now:
+                continue
+            if not worker.ready:
+                self._give_up_start(worker)
                 continue
             with pool.lock:
                 worker.leaving = True  # it gets nothing new
@@ -356,6 +375,41 @@ class Manager(Undertaker, threading.Thread):
                 pool.fill_all()
                 if not worker.leaving:
                     pool.fill(worker)
+
+    def _give_up_start(self, worker: Worker) -> None:
+        """Kill a worker that does not get ready, and fail the tasks with a limit that wait for it."""
+        pool = self.pool
+        while self._take_answers(worker):
+            pass
+        with pool.lock:
+            if worker.ready or worker.leaving:
+                return
+            worker.leaving = True
+            waiting = pool.take_back(worker)
+            pool.requeue(task for task in waiting if task.timeout is None)
+            for task in (*waiting, *worker.assigned.values()):
+                if task.timeout is not None:
+                    task.timed_out = True
+                    if task.worker is None:
+                        pool.doom(task, self._reason(task, worker, None))
+            logger.warning(
+                "worker %d does not get ready: killing it", worker.pid, extra={"worker": worker.pid}
+            )
+            worker.kill()
+            # It may be slow, and not stuck: the next one gets more time, so that tasks come to run in the end.
+            pool.start_seconds = min(2 * pool.start_seconds, MAX_START_SECONDS)
+            pool.fill_all()
+
+    def _kill_all(self) -> None:
+        """End workers that SIGTERM does not end."""
+        pool = self.pool
+        with pool.lock:
+            pool.kill_at = None
+            for worker in pool.workers.values():
+                logger.warning(
+                    "worker %d has outlived SIGTERM: killing it", worker.pid, extra={"worker": worker.pid}
+                )
+                worker.kill()
 
     def _try_choked(self, now: float) -> None:
         """Try again what had no room for its descriptors, and give up what has waited for too long."""

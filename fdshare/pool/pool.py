@@ -21,8 +21,9 @@ from fdshare import locks, parcel
 from fdshare.errors import FdLimitError
 from fdshare.pool.backlog import LARGE
 from fdshare.pool.leading import STREAK, Leaders
+from fdshare.pool.starting import Starter, limit_told
 from fdshare.pool.tasks import CALL, KIND_BITS, Task
-from fdshare.pool.workers import Worker, new_worker, start_worker
+from fdshare.pool.workers import START_SECONDS, Worker, new_worker, start_worker
 
 if TYPE_CHECKING:
     from fdshare.pool.manager import Manager
@@ -56,9 +57,8 @@ class Pool(Leaders):
         super().__init__(max_inflight)
         self.max_workers = max_workers
         self.context = context
-        self.forks = context.get_start_method(allow_none=False) == "fork"
-        self.initializer = initializer
-        self.initargs = initargs
+        self.starter = Starter(context, initializer, initargs, max_tasks, not restart)
+        self.forks = self.starter.forks
         self.max_tasks = max_tasks
         self.restart = restart
         # Reentrant: a finalizer or a signal handler may submit in the middle of a submit.
@@ -74,6 +74,10 @@ class Pool(Leaders):
         self.choked = False  # the system refused to carry descriptors: try again soon
         self.outcomes: list[tuple[Task, BaseException]] = []  # tasks to fail once the lock is released
         self.closing = False
+        self.kill_at: float | None = (
+            None  # when terminate_workers has waited for long enough (time.monotonic())
+        )
+        self.start_seconds = START_SECONDS
         self.ended = False  # by terminate_workers or kill_workers: nothing is run again
         self.broken: BaseException | None = None
         self.abandoned = False  # in a forked child
@@ -104,7 +108,8 @@ class Pool(Leaders):
             task.message = parcel.seal(message, tag)
         else:
             admit = partial(self.admit, task)
-            task.message = parcel.seal(message, tag, self, admit, again=task.retries > 0)
+            with limit_told():
+                task.message = parcel.seal(message, tag, self, admit, again=task.retries > 0)
         with self.lock:
             if self.closing or self.broken is not None or self.abandoned:
                 self.check_open()
@@ -220,6 +225,8 @@ class Pool(Leaders):
         """Give a worker what it has room for, from the queue or from another worker's inbox.  Lock held."""
         pending = self.pending
         while pending and worker.has_room:
+            if worker.assigned and len(pending) <= self.starting:
+                break  # those that are being started will run them at once
             task = pending.popleft()
             if not self._give(worker, task):
                 pending.appendleft(task)
@@ -340,13 +347,14 @@ class Pool(Leaders):
         """Start the manager thread; and before it all workers that are forked, since a fork copies no threads but their locks."""
         from fdshare.pool.manager import Manager
 
-        with self.launching:
+        with self.launching, limit_told():
             if self.manager is not None:
                 return
             with self.lock:
                 self.check_open()
             manager = Manager(self)
             try:
+                self.starter.open(self.max_workers)
                 if self.forks:
                     self._fork_workers(manager)
                 self.manager = manager
@@ -366,15 +374,17 @@ class Pool(Leaders):
         not_theirs = set(manager.filenos())
         try:
             for _ in range(self.max_workers):
-                worker = self._new_worker()
+                worker = new_worker(self.max_tasks)
                 workers.append(worker)
                 not_theirs.update(worker.filenos())
             for worker in workers:
-                theirs = {worker.inbox.fileno(), worker.theirs.fileno()}
-                self.forking = threading.get_ident(), not_theirs - theirs, [manager, *workers]
-                start_worker(worker, self.nascent)
-                not_theirs -= theirs
+                kept = {worker.inbox.fileno()}
+                self.forking = threading.get_ident(), not_theirs - kept, [manager, *workers]
+                start_worker(worker, self.nascent, self.starter.start_here)
                 not_theirs.update(worker.filenos())
+            if self.restart:  # last: the workers begin meanwhile
+                self.forking = threading.get_ident(), not_theirs, [manager, *workers]
+                self.starter.fork_template()
         except BaseException:
             for worker in workers:
                 worker.discard()
@@ -383,9 +393,6 @@ class Pool(Leaders):
             self.forking = None
         for worker in workers:
             self.add_worker(worker, manager)
-
-    def _new_worker(self) -> Worker:
-        return new_worker(self.context, self.initializer, self.initargs, self.max_tasks, not self.restart)
 
     def start_one(self, *, again: bool = False) -> None:
         """Start a worker, which ``starting`` counts already.
@@ -399,8 +406,9 @@ class Pool(Leaders):
         manager = self.manager
         assert manager is not None
         try:
-            worker = self._new_worker()
-            start_worker(worker, self.nascent)
+            with limit_told():
+                worker = new_worker(self.max_tasks)
+                start_worker(worker, self.nascent, self.starter.start_safely)
         except BaseException:
             with self.lock:
                 self.starting -= 1
@@ -409,7 +417,7 @@ class Pool(Leaders):
             self.starting -= 1
             self.counts["restarts"] += again
             self.add_worker(worker, manager)
-            if self.broken is not None:
+            if self.broken is not None or self.ended:
                 worker.kill()
         if self.closing:
             self.wake()
@@ -432,6 +440,8 @@ class Pool(Leaders):
                 alone = not self.workers and not self.starting
             if isinstance(error, Exception) and not alone:
                 logger.warning("no further worker could be started: %s", error)
+                with self.lock:
+                    self.fill_all()
                 return
             self.withdraw(task)
             raise
@@ -465,7 +475,8 @@ class Pool(Leaders):
             worker.close()
         for worker in self.nascent:  # perhaps this very process, which keeps its inbox
             worker.channel.close()
-            worker.life.close()
+            if worker.life is not None:
+                worker.life.close()
         if self.manager is not None:
             self.manager.close()
         for task in self.pending:

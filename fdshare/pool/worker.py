@@ -6,13 +6,11 @@ the parent holds a duplicate of the inbox.  It dies with its parent, in whatever
 
 from __future__ import annotations
 
-import _thread
-import fcntl
+import multiprocessing
 import os
 import pickle
 import select
 import signal
-import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import _base
@@ -24,6 +22,7 @@ from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, NotSendableError, PeerClosedError
 from fdshare.handle import FdHandle
 from fdshare.pool.calls import FunctionCache, encode_result, typed
+from fdshare.pool.life import die_with_parent
 from fdshare.pool.raised import Raised
 from fdshare.pool.tasks import (
     CALL,
@@ -36,7 +35,7 @@ from fdshare.pool.tasks import (
     RESULT,
 )
 
-__all__ = ["arm", "main"]
+__all__ = ["main"]
 
 LOOK_EVERY = 8
 """After so many tasks a worker that used to wait for each looks whether they come faster now: a wait in vain takes a tenth of
@@ -59,14 +58,16 @@ def main(
 
     Args:
         channel: the worker's end; calls come in, results go out.
-        life: a pipe whose other end only the parent has: it hangs up when the parent is gone.
+        life: an end of the pool's life line, see life.py.
         initializer: called before the first task.
         max_tasks: how many tasks to run before leaving; None for no limit.
         fragile: die of a call that cannot be decoded, as the standard executor's workers do.
     """
     global _pid
     _pid = os.getpid()
-    _die_with_parent(life)
+    _take_signals()
+    die_with_parent(life)
+    _look_after(life)
     with channel:  # the process object has it too, until the interpreter ends
         if initializer is not None:
             try:
@@ -82,34 +83,24 @@ def main(
             pass
 
 
-def arm(life: FdHandle) -> None:
-    """In the parent: say what the hang-up does to the process that will own this end.  There it would take longer to say so."""
-    if sys.platform == "linux":
-        fcntl.fcntl(life.fileno(), fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(life.fileno(), fcntl.F_SETFL, os.O_ASYNC)
+def _take_signals() -> None:
+    """Let SIGTERM end this process, whatever the parent does with it, and tell the parent's event loop of no signal.
 
-
-def _die_with_parent(life: FdHandle) -> None:
-    """Arrange that the kernel kills this process when the parent is gone, also in the middle of a task.
-
-    PR_SET_PDEATHSIG would do so when the parent's *thread* ends, and forgets itself when the process changes its user.
+    A forked process has the parent's handlers and its wakeup descriptor, into which the signal's number is written for all who
+    share it: the parent's loop would take the worker's signal for its own.
     """
-    fd = life.fileno()
-    if sys.platform == "linux":
-        fcntl.fcntl(fd, fcntl.F_SETOWN, _pid)
-    else:
-        _thread.start_new_thread(_watch, (fd,))
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    if poll.poll(0):  # gone before it was asked for
-        os._exit(1)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, (signal.SIGTERM,)
+    )  # held back until now, or by the parent's thread
 
 
-def _watch(fd: int) -> None:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    poll.poll()
-    os._exit(1)
+def _look_after(life: FdHandle) -> None:
+    """Have ``multiprocessing.parent_process()`` look at the life line: the pipe that it comes with is closed in the parent."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(parent, "_sentinel"):
+        parent._sentinel = life.fileno()
 
 
 def _serve(channel: Channel, max_tasks: int | None, fragile: bool) -> None:

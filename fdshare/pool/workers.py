@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-from fdshare import parcel, system
+from fdshare import parcel
 from fdshare.channel import Channel, Pipe
 from fdshare.errors import DescriptorsLostError, FdLimitError, PeerClosedError, ProtocolError
-from fdshare.handle import FdHandle, own, own_pipe
-from fdshare.pool import worker as process_side
+from fdshare.handle import FdHandle
 from fdshare.pool.leading import Lead, Seat
+from fdshare.pool.started import Started
 from fdshare.pool.tasks import KIND_BITS, STOP, Task
+from fdshare.pool.template import TemplateChild
 
 __all__ = ["Worker", "new_worker", "start_worker"]
 
@@ -32,6 +33,15 @@ QUEUED_SECONDS = 0.002
 SHORT_SECONDS = QUEUED_SECONDS / (MAX_DEPTH - FIRST_DEPTH)
 """Tasks that take less go out MAX_DEPTH at a time."""
 
+START_SECONDS = 5.0
+"""What a worker may take to be ready before the limit of a task counts that waits for it.  Longer where others have shown that it
+takes longer."""
+
+MAX_START_SECONDS = 300.0
+
+START_FACTOR = 4
+"""So many times longer than another one a worker may take to be ready."""
+
 _STOP_MESSAGE = parcel.seal(pickle.dumps(None, 5), STOP)
 
 
@@ -43,17 +53,14 @@ class Worker:
     taken back that the worker has not begun: before it dies, after it died, or because another one is idle.
     """
 
-    process: Any
     channel: Channel
     inbox: Channel
-    life: FdHandle
-    """Hangs up in the worker when this process is gone."""
     left: int | None
     """How many more tasks it may be given; None for no limit."""
-    theirs: FdHandle = attrs.field(kw_only=True)
-    """The worker's end of ``life``, until it is started."""
-    death: FdHandle | None = None
-    """A pidfd; None where the system has none and the process's own sentinel must do."""
+    life: FdHandle | None = None
+    """The parent's end of its life line, where it is not the pool's."""
+    body: Started | TemplateChild | None = None
+    """Its process, once it is started."""
     assigned: dict[int, Task] = attrs.field(factory=dict)
     """What was sent and not answered, oldest first."""
     depth: int = FIRST_DEPTH
@@ -64,6 +71,8 @@ class Worker:
     """Seconds a task takes, as an average that forgets."""
     since: float = attrs.field(factory=time.monotonic)
     """When the oldest task of ``assigned`` began, at the latest (time.monotonic())."""
+    begun: float = attrs.field(factory=time.monotonic, init=False)
+    """When it was made (time.monotonic())."""
     done: int = 0
     ready: bool = False
     leaving: bool = False
@@ -100,14 +109,27 @@ class Worker:
         """Whether it may be given one more task."""
         return len(self.assigned) < self.depth and not self.leaving and self.left != 0
 
-    def sentinel(self) -> int:
-        """Borrow the descriptor that becomes readable when the process has ended."""
-        return self.process.sentinel if self.death is None else self.death.fileno()
+    @property
+    def process(self) -> Any:
+        """What others look at."""
+        assert self.body is not None
+        return self.body.process
 
-    def deadline(self) -> float | None:
-        """Return when the task that it is running is past its limit (time.monotonic()); None without one."""
-        if not self.ready or self.killed:
+    def sentinel(self) -> int | None:
+        """Borrow the descriptor that becomes readable when the process has ended; None where it is to be asked for."""
+        return None if self.body is None else self.body.sentinel
+
+    def deadline(self, start_seconds: float) -> float | None:
+        """Return when the task that it is running is past its limit (time.monotonic()); None without one.
+
+        Args:
+            start_seconds: what it may take to be ready, whatever the limit.
+        """
+        if self.killed:
             return None
+        if not self.ready:
+            limits = [task.timeout for task in self.assigned.values() if task.timeout is not None]
+            return max(self.begun + start_seconds, self.since + min(limits)) if limits else None
         for task in self.assigned.values():
             return None if task.timeout is None else self.since + task.timeout
         return None
@@ -167,126 +189,75 @@ class Worker:
 
     def filenos(self) -> list[int]:
         """Borrow all descriptors that this process holds of it."""
-        owners = self.channel, self.inbox, self.life, self.theirs, self.death
-        return [owner.fileno() for owner in owners if owner is not None and not owner.closed]
+        owners = self.channel, self.inbox, self.life
+        fds = [owner.fileno() for owner in owners if owner is not None and not owner.closed]
+        return fds if self.body is None else fds + self.body.filenos()
+
+    def signal(self, number: int) -> None:
+        """Send it a signal.
+
+        Raises:
+            PermissionError: it has changed its user.
+        """
+        if self.body is not None:
+            self.body.signal(number)
 
     def kill(self) -> None:
         """Kill it."""
         self.leaving = self.killed = True
-        self.process.kill()
+        self.signal(signal.SIGKILL)
 
     def discard(self) -> None:
         """Kill it, if it was started, and let go of everything."""
-        if self.process.pid is not None:
-            self.process.kill()
-            self.process.join()
+        if self.body is not None:
+            self.body.signal(signal.SIGKILL)
+            self.body.reap()
         self.close()
 
     def close(self) -> None:
         """Let go of every descriptor; the process has ended or will, as its life line does."""
-        if self.process.pid is not None and self.process.exitcode is not None:
-            self.process._popen.close()  # but not the Process itself, which others may look at
         self.channel.close()
         self.inbox.close()
-        self.life.close()
-        self.theirs.close()
-        if self.death is not None:
-            self.death.close()
+        if self.life is not None:
+            self.life.close()
+        if self.body is not None:
+            self.body.close()
         if self.seat is not None:
             self.seat.bell.close()
             self.seat = None
 
 
-def new_worker(
-    context: Any,
-    initializer: Callable[..., object] | None,
-    initargs: tuple[Any, ...],
-    max_tasks: int | None,
-    fragile: bool,
-) -> Worker:
+def new_worker(max_tasks: int | None) -> Worker:
     """Make all that a worker needs but its process.
 
     Raises:
         OSError: no descriptor left; nothing is left behind.
     """
-    if context.get_start_method() == "forkserver":
-        _preload()
     ours, inbox = Pipe()
-    try:
-        reader, writer = own_pipe()
-    except BaseException:
-        ours.close()
-        inbox.close()
-        raise
-    process_side.arm(reader)
-    process = context.Process(
-        target=process_side.main,
-        args=(inbox, reader, Setup(initializer, initargs) if initializer else None, max_tasks, fragile),
-    )
-    worker = Worker(process, ours, inbox, writer, max_tasks, theirs=reader)
+    worker = Worker(ours, inbox, max_tasks)
     if ours.transport != "seqpacket":
         worker.ahead, worker.depth = False, 1
     return worker
 
 
-def start_worker(worker: Worker, nascent: list[Worker]) -> None:
+def start_worker(
+    worker: Worker, nascent: list[Worker], begin: Callable[[Worker], Started | TemplateChild]
+) -> None:
     """Start the process of a worker that :func:`new_worker` made.
 
     Args:
         nascent: holds the worker while it is being started, for the fork handler to tell it from the others.
+        begin: starts it.
 
     Raises:
         OSError, pickle.PicklingError, …: it could not be started; the worker is closed.
     """
-    process = worker.process
     nascent.append(worker)
     try:
-        process.start()
-        worker.pid = process.pid
-        if system.HAVE_PIDFD:
-            worker.death = own(os.pidfd_open, process.pid)
+        worker.body = begin(worker)
+        worker.pid = worker.body.pid
     except BaseException:
         worker.discard()
         raise
     finally:
         nascent.remove(worker)
-        worker.theirs.close()
-
-
-def _preload() -> None:
-    """Have the fork server import what a worker needs, unless it runs already: a worker starts in 5 ms instead of 90."""
-    from multiprocessing import forkserver
-
-    server = forkserver._forkserver
-    modules = getattr(server, "_preload_modules", None)
-    if modules is not None and process_side.__name__ not in modules:
-        server.set_forkserver_preload([*modules, process_side.__name__])
-
-
-class Setup:
-    """An initializer and its arguments, for multiprocessing to pickle: in its way, or else as a message is encoded."""
-
-    def __init__(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-        self.function = function
-        self.arguments = arguments
-
-    def __call__(self) -> object:
-        return self.function(*self.arguments)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from multiprocessing.reduction import ForkingPickler
-
-        both = self.function, self.arguments
-        try:
-            # Not pickled twice: what the process is to inherit may be named once.
-            return rebuild_setup, (pickle.loads, bytes(ForkingPickler.dumps(both)))
-        except Exception:  # noqa: BLE001 -- pickle raises many; as a message it may work, or say why not
-            from fdshare.handoff import reduce_outside
-
-            function, arguments = reduce_outside(both)
-            return rebuild_setup, (function, *arguments)
-
-
-def rebuild_setup(rebuild: Callable[..., Any], *arguments: Any) -> Setup:
-    """Return the setup that was pickled; raises what loading it does."""
-    return Setup(*rebuild(*arguments))
