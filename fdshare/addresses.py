@@ -21,6 +21,7 @@ from itertools import repeat, starmap
 from fdshare import socketfile, system
 from fdshare.handle import FdHandle, as_fd, to_socket
 from fdshare.native import Socket
+from fdshare.rights import refuse_all
 
 __all__ = [
     "Address",
@@ -112,7 +113,12 @@ def accepted_sockets(listener: socket.socket) -> Iterator[socket.socket]:
 
 
 def listening_socket(
-    address: Address, *, backlog: int = DEFAULT_BACKLOG, mode: int = 0o600, transport: str | None = None
+    address: Address,
+    *,
+    backlog: int = DEFAULT_BACKLOG,
+    mode: int = 0o600,
+    transport: str | None = None,
+    descriptors: bool = True,
 ) -> tuple[socket.socket, socketfile.Identity | None]:
     """Return a listening socket that does not block, and which file it is (None for an abstract name).
 
@@ -121,6 +127,7 @@ def listening_socket(
         backlog: as for listen(2).
         mode: permission bits of the socket's file.
         transport: "seqpacket", "stream", or None for the best that the system has.
+        descriptors: whether any may come, from the first moment on.
 
     Raises:
         ValueError: a bad address, mode or transport.
@@ -131,6 +138,8 @@ def listening_socket(
         raise ValueError(f"mode is permission bits, not {mode:#o}")
     sock = _new_socket(transport)
     try:
+        if not descriptors:
+            refuse_all(sock)  # what is accepted inherits it
         if text[0] == "\0":
             try:
                 sock.bind(os.fsencode(text))
@@ -147,12 +156,17 @@ def listening_socket(
 
 
 def connected_socket(
-    address: Address, *, timeout: float | None = None, transport: str | None = None
+    address: Address,
+    *,
+    timeout: float | None = None,
+    transport: str | None = None,
+    descriptors: bool = True,
 ) -> socket.socket:
     """Return a blocking socket that is connected to a listener; nothing was said or checked yet.
 
     Args:
         timeout: seconds to wait while the listener's backlog is full; None waits for ever.
+        descriptors: whether any may come, from the first moment on.
 
     Raises:
         FileNotFoundError, ConnectionRefusedError, PermissionError, TimeoutError, OSError: says what to do.
@@ -160,6 +174,8 @@ def connected_socket(
     text = _text(address)
     sock = _new_socket(transport)
     try:
+        if not descriptors:
+            refuse_all(sock)
         try:
             sock.connect(text)
         except OSError as error:
@@ -262,13 +278,16 @@ def _is_socket(path: str) -> bool:
         return True  # cannot be told
 
 
-def inherited_socket(given: FdHandle | socket.socket | int, backlog: int = DEFAULT_BACKLOG) -> socket.socket:
+def inherited_socket(
+    given: FdHandle | socket.socket | int, backlog: int = DEFAULT_BACKLOG, *, descriptors: bool = True
+) -> socket.socket:
     """Take over a listening socket that somebody else has made, and let it not block; where it does not fit it stays as it was.
 
     It listens anew, so that clients see this process's credentials, and no longer those of the service manager.
 
     Args:
         given: an FdHandle or socket, which are spent, or a descriptor's number, which belongs to the result.
+        descriptors: whether any may come, from now on.
 
     Raises:
         ValueError: not a listening AF_UNIX socket, SEQPACKET or STREAM.
@@ -292,6 +311,8 @@ def inherited_socket(given: FdHandle | socket.socket | int, backlog: int = DEFAU
     try:
         sock.set_inheritable(False)
         sock.setblocking(False)
+        if not descriptors:
+            refuse_all(sock)
         sock.listen(backlog)
     except BaseException:
         sock.close()

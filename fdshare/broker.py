@@ -39,7 +39,8 @@ from typing import Any
 import attrs
 
 from fdshare import locks, rights
-from fdshare.credentials import peer_credentials
+from fdshare.credentials import peer_credentials, same_user
+from fdshare.disposal import dispose, dispose_listener
 from fdshare.handle import HandleList, socketpair_of
 from fdshare.rendezvous import listen, remove
 from fdshare.wire import MAX_FDS_PER_PACKET
@@ -271,7 +272,7 @@ class Broker:
         wakers, self._wakers = self._wakers, ()
         listener, self._listener = self._listener, None
         if listener is not None:
-            listener.close()
+            dispose_listener(listener, alone=False)
             remove(address)
         for sock in wakers:
             sock.close()
@@ -341,8 +342,10 @@ class Broker:
     def _on_peer(self, poll: select.poll, fd: int, *, new: bool = False) -> None:
         peer = self._peers[fd]
         try:
-            if new and peer_credentials(peer.sock).uid != os.geteuid():
-                peer.sock.send(DENIED)
+            if new and not same_user(peer_credentials(peer.sock)):
+                with contextlib.suppress(OSError):
+                    peer.sock.send(DENIED)
+                dispose(peer.sock, alone=True)
                 done = True
             else:
                 done = self._attend(peer)
@@ -387,7 +390,7 @@ class Broker:
         self._changed.notify_all()
 
     def _drop(self, poll: select.poll, fd: int) -> None:
-        poll.unregister(fd)
+        poll.unregister(fd)  # by its number: the socket may be closed
         self._peers.pop(fd).close()
 
     def _tidy(self, poll: select.poll) -> float | None:

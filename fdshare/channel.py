@@ -10,6 +10,7 @@ system call, no header.  Everything else takes the slow path below it.
 from __future__ import annotations
 
 import errno
+import math
 import pickle
 import select
 import socket
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fdshare import packets, recycle, reducers, rights, wire
+from fdshare.bytemessages import ByteMessages
 from fdshare.choosing import socketpair, transport_of
 from fdshare.closing import Closing
 from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, raise_undecodable
@@ -42,7 +44,7 @@ _kept = recycle.kept  # while there are some, a wait must not be endless; see re
 _SEND_NOW = rights.SEND_NOW
 
 
-class Channel(Closing):
+class Channel(ByteMessages, Closing):
     """One end of a connection for objects; a drop-in for ``multiprocessing.connection.Connection``.
 
     Made by :func:`Pipe`, or around a connected AF_UNIX socket, which it takes over.  Usable by several threads at once; one end
@@ -53,9 +55,12 @@ class Channel(Closing):
         readable, writable: what this end may do.
         codec: how objects become bytes; None for pickle.
         max_inflight: most bytes of large messages sent here and not yet taken there; a send waits beyond it.
+        max_untaken: most descriptors sent here and not yet taken there, as the system has a limit for all channels of a user
+            together.  Beyond it a send waits, until its timeout or for a second in which none is taken, and raises FdLimitError.
+            None for no bound but the system's; with a codec without pickle, for an eighth of the soft limit of descriptors.
 
     Raises:
-        ValueError: not such a socket, or neither readable nor writable.
+        ValueError: not such a socket, neither readable nor writable, or a bound below one.
     """
 
     def __init__(
@@ -66,9 +71,12 @@ class Channel(Closing):
         writable: bool = True,
         codec: Codec | None = None,
         max_inflight: int = DEFAULT_MAX_INFLIGHT,
+        max_untaken: int | None = None,
     ) -> None:
         if not (readable or writable):
             raise ValueError("a channel is readable, writable or both")
+        if max_untaken is not None and max_untaken < 1:
+            raise ValueError(f"max_untaken is {max_untaken}: 1 or more, or None")
         if sock.gettimeout():
             sock.settimeout(0.0)  # waiting is our own; O_NONBLOCK, which others share, stays as it is
         self._transport = transport = transport_of(sock, max_inflight)
@@ -81,6 +89,8 @@ class Channel(Closing):
         limits = getattr(codec, "limits", None)
         if limits is not None:
             transport.restrict(limits)
+        if max_untaken is not None or limits is not None:
+            transport.max_untaken = max_untaken
         transport.plain = transport.bare and readable
         self._send_bare = sock.send if transport.bare and writable else None
         seqpacket = transport if isinstance(transport, SeqpacketTransport) else None
@@ -179,87 +189,6 @@ class Channel(Closing):
                 return
             yield obj
 
-    def send_bytes(
-        self, buf: Any, offset: int = 0, size: int | None = None, *, timeout: float | None = None
-    ) -> None:
-        """Send bytes as one message, for ``recv_bytes``.
-
-        Args:
-            buf: a bytes-like object.
-            offset, size: the part of it to send, in bytes; ``size`` None for the rest.
-            timeout: seconds to wait for room; None waits for ever.
-
-        Raises:
-            ValueError: offset and size do not lie within the buffer.
-            PeerClosedError, ClosedError, TimeoutError, NoSpaceError: as for :meth:`send`.
-        """
-        view = memoryview(buf)
-        view = view.cast("B") if view.contiguous else memoryview(bytes(view))
-        if offset < 0:
-            raise ValueError("offset is negative")
-        if offset > len(view):
-            raise ValueError("buffer length < offset")
-        size = len(view) - offset if size is None else size
-        if size < 0:
-            raise ValueError("size is negative")
-        if offset + size > len(view):
-            raise ValueError("buffer length < offset + size")
-        self._send_slowly(Outgoing([view[offset : offset + size]]), wire.BYTES, timeout)
-
-    def recv_bytes(self, maxlength: int | None = None, *, timeout: float | None = None) -> bytes:
-        """Receive one message of ``send_bytes``.
-
-        Args:
-            maxlength: most bytes to accept; None for any size.
-            timeout: seconds to wait; None waits for ever.
-
-        Raises:
-            ValueError: ``maxlength`` is negative.
-            OSError: the message is longer than ``maxlength``; it is dropped, and nothing can be received any more.
-            PeerClosedError, ClosedError, TimeoutError, ProtocolError: as for :meth:`recv`.
-        """
-        if maxlength is not None and maxlength < 0:
-            raise ValueError("negative maxlength")
-        data = self._recv_slowly(timeout, wire.BYTES)
-        if maxlength is not None and len(data) > maxlength:
-            if not self._writable:
-                self.close()
-            self._readable = self._transport.plain = False  # as a Connection: it can still send
-            raise OSError(f"a message of {len(data)} bytes is longer than maxlength {maxlength}")
-        return bytes(data)
-
-    def recv_bytes_into(self, buf: Any, offset: int = 0, *, timeout: float | None = None) -> int:
-        """Receive one message of ``send_bytes`` into a writable buffer.
-
-        Args:
-            buf: a writable bytes-like object.
-            offset: where in it to begin, bytes.
-            timeout: seconds to wait; None waits for ever.
-
-        Returns:
-            the size of the message, bytes.
-
-        Raises:
-            ValueError: the offset lies outside.
-            TypeError: the buffer is read-only.
-            multiprocessing.BufferTooShort: it does not fit; the exception's ``args[0]`` is the message.
-            PeerClosedError, ClosedError, TimeoutError, ProtocolError: as for :meth:`recv`.
-        """
-        view = memoryview(buf).cast("B")
-        if view.readonly:  # said before a message is taken, which would be lost
-            raise TypeError("the buffer is read-only")
-        if offset < 0:
-            raise ValueError("negative offset")
-        if offset > len(view):
-            raise ValueError("offset too large")
-        data = self._recv_slowly(timeout, wire.BYTES)
-        if len(data) > len(view) - offset:
-            from multiprocessing import BufferTooShort
-
-            raise BufferTooShort(bytes(data))
-        view[offset : offset + len(data)] = data
-        return len(data)
-
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether something can be received: a message, or the end of the connection.
 
@@ -319,8 +248,11 @@ class Channel(Closing):
                 transport.send(b"", out.payload, (), deadline)
                 return
         header, payload, parts = plan = packets.plan(out, type, inline, wire.nonce())
+        if fds or parts is not None:
+            transport.untaken.make_room(len(fds) + (parts is not None), deadline)
         if parts is None and out.announced:
             transport._send_step([wire.pack(*header), *payload], fds, deadline)
+            transport.untaken.note(len(fds))
             return
         if parts is None:
             self._with_bundle(header, payload, fds, deadline)
@@ -340,12 +272,15 @@ class Channel(Closing):
     def _with_bundle(
         self, header: wire.Header, payload: list[Any], fds: list[int], deadline: float | None
     ) -> None:
+        transport = self._transport
         if len(fds) <= wire.MAX_FDS_PER_PACKET:
-            self._transport.send(wire.pack(*header), payload, fds, deadline)
-            return
-        header = header._replace(flags=header.flags | wire.BUNDLE)
-        with self._transport.bundle(fds, deadline) as bundle:
-            self._transport.send(wire.pack(*header), payload, [bundle.fileno()], deadline)
+            transport.send(wire.pack(*header), payload, fds, deadline)
+        else:
+            header = header._replace(flags=header.flags | wire.BUNDLE)
+            with transport.bundle(fds, deadline) as bundle:
+                transport.send(wire.pack(*header), payload, [bundle.fileno()], deadline)
+        if fds:
+            transport.untaken.note(len(fds))
 
     def _recv_slowly(self, timeout: float | None, type: int) -> Any:
         self._check(self._readable, "write-only")
@@ -376,6 +311,7 @@ class Channel(Closing):
             ClosedError: this side is closed.
         """
         self._transport.check_open()
+        self._transport.forks_when_alone = -1  # it may be duplicated, or inherited
         return self._transport.sock.fileno()
 
     def close(self) -> None:
@@ -416,6 +352,15 @@ class Channel(Closing):
         self._transport.in_flight.limit = value
 
     @property
+    def max_untaken(self) -> float:
+        """Most descriptors sent here and not yet taken; infinite where only the system bounds them.  May be set."""
+        return self._transport.untaken.bound
+
+    @max_untaken.setter
+    def max_untaken(self, value: float) -> None:
+        self._transport.untaken.limit = value
+
+    @property
     def peer(self) -> PeerCredentials:
         """Who is at the other end: pid, uid and gid as the kernel noted them at connect(2), or its listener's listen(2).
 
@@ -449,16 +394,22 @@ def reduce_channel(channel: Channel, context: reducers.Context) -> reducers.Redu
     if context.moving:
         context.consume(channel.close)
     codec = None if channel._codec is _PICKLE else channel._codec
-    options = channel._readable, channel._writable, codec, channel.max_inflight
+    limit = channel._transport.untaken.limit
+    options = channel._readable, channel._writable, codec, channel.max_inflight, limit
     return rebuild_channel, (context.lend(channel.fileno(), channel), *options)
 
 
 def rebuild_channel(
-    index: int, readable: bool, writable: bool, codec: Codec | None, max_inflight: int
+    index: int,
+    readable: bool,
+    writable: bool,
+    codec: Codec | None,
+    max_inflight: int,
+    max_untaken: float | None = math.inf,
 ) -> Channel:
-    return reducers.built(
-        _channel_of(reducers.take(index, stat.S_IFSOCK), readable, writable, codec, max_inflight)
-    )
+    channel = _channel_of(reducers.take(index, stat.S_IFSOCK), readable, writable, codec, max_inflight)
+    channel._transport.max_untaken = max_untaken
+    return reducers.built(channel)
 
 
 def _channel_of(
@@ -481,6 +432,7 @@ def Pipe(  # noqa: N802 -- the name of multiprocessing's
     transport: str | None = None,
     codec: Codec | None = None,
     max_inflight: int = DEFAULT_MAX_INFLIGHT,
+    max_untaken: int | None = None,
 ) -> tuple[Channel, Channel]:
     """Return the two ends of a new connection.
 
@@ -489,11 +441,14 @@ def Pipe(  # noqa: N802 -- the name of multiprocessing's
         transport: "seqpacket", "stream", or None for the best that the system has.
         codec: how objects become bytes, at both ends; None for pickle.
         max_inflight: most bytes of large messages sent and not yet taken, each way; a send waits beyond it.
+        max_untaken: most descriptors sent and not yet taken, each way; as for :class:`Channel`.
 
     Raises:
         ValueError: unknown transport.
         OSError: no descriptors left, or the system lacks the transport.
     """
     first, second = socketpair(transport)
-    here = Channel(first, writable=duplex, codec=codec, max_inflight=max_inflight)
-    return here, Channel(second, readable=duplex, codec=codec, max_inflight=max_inflight)
+    return (
+        Channel(first, writable=duplex, codec=codec, max_inflight=max_inflight, max_untaken=max_untaken),
+        Channel(second, readable=duplex, codec=codec, max_inflight=max_inflight, max_untaken=max_untaken),
+    )

@@ -107,6 +107,11 @@ _MEETING = (
         help="bare SCM_RIGHTS, for a program on the other side that is not fdshare",
     ),
     argument(
+        "--any-user",
+        action="store_true",
+        help="with --raw and @NAME: also talk to other users, who all may connect to such a name",
+    ),
+    argument(
         "--transport",
         choices=("seqpacket", "stream"),
         help="type of socket (default: seqpacket where there is one; with --raw stream)",
@@ -128,7 +133,10 @@ def _meeting(arguments: argparse.Namespace, *, listens: bool) -> Any:
         arguments.wrong("the address is empty")
     if arguments.address.startswith("fd:") and not listens:
         arguments.wrong("fd:N is a listening socket, and this side connects")
+    if arguments.any_user and not arguments.raw:
+        arguments.wrong("--any-user takes --raw: other messages are pickles, which are for one user")
     return Meeting(
+        any_user=arguments.any_user,
         address=arguments.address,
         listens=listens,
         raw=arguments.raw,
@@ -228,7 +236,7 @@ def recv(arguments: argparse.Namespace) -> int:
 
     The other side is `fdshare send ADDRESS FILE...`, or a Python program with fdshare.connect.  A message is a pickle, so
     only processes of the same user are admitted; --raw takes descriptors and bytes alone, from whoever may open the
-    socket's file.
+    socket's file, and at an @NAME from the same user unless --any-user is said.
 
     The COMMAND of --exec is started when the messages are there, as a service manager would start it (sd_listen_fds(3)):
     descriptors from 3 on, LISTEN_FDS says how many, LISTEN_PID for whom, LISTEN_FDNAMES their names.  Its exit code

@@ -26,6 +26,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
+
 from fdshare import reducers, rights, socketfile
 from fdshare.addresses import (
     DEFAULT_BACKLOG,
@@ -39,15 +41,39 @@ from fdshare.channel import Channel
 from fdshare.closing import Closing
 from fdshare.codec import Codec
 from fdshare.credentials import Policy, objection, same_user
+from fdshare.disposal import dispose_listener, forks
 from fdshare.errors import AccessDeniedError, ClosedError, FdLimitError
-from fdshare.greeting import PICKLE_ANSWER, Answer, expect_hello, hello_of, refuse, say_hello
+from fdshare.greeting import (
+    PICKLE_ANSWER,
+    Answer,
+    Bounds,
+    expect_hello,
+    hello_of,
+    refuse,
+    say_hello,
+    takes_descriptors,
+)
 from fdshare.handle import FdHandle, Outside, to_socket
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.transport import Transport, other_threads
 
 __all__ = ["Listener", "connect"]
 
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.01, 1.0
+"""How long the first pause in accepting takes when no descriptor or memory is left, and the longest."""
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""What passes by itself once others have closed something."""
+
 MAX_LATE = 128
 """Connections that ``accept`` looks at after its time is up, where those before them were refused."""
+
+
+class _Door(Transport):
+    """A listening socket: waiting on it, and closing it under who waits."""
+
+    def _close(self) -> None:
+        dispose_listener(self.sock, alone=self.forks_when_alone == forks())
 
 
 class Listener(Closing):
@@ -65,6 +91,8 @@ class Listener(Closing):
         codec: how objects become bytes; None for pickle, which is for users who trust each other.
         mode: permission bits of the socket's file; connecting takes the permission to write.
         transport: "seqpacket", "stream", or None for the best that the system has.
+        max_inflight, max_untaken: bounds of each of its channels, as for :class:`Channel`; the second is an eighth of the soft
+            limit of descriptors unless told otherwise.
 
     Raises:
         OSError: EADDRINUSE where somebody listens there; what the directory says.
@@ -80,18 +108,28 @@ class Listener(Closing):
         codec: Codec | None = None,
         mode: int = 0o600,
         transport: str | None = None,
+        max_inflight: int = DEFAULT_MAX_INFLIGHT,
+        max_untaken: int | None = None,
     ) -> None:
+        bounds = Bounds(max_inflight, max_untaken)
         if isinstance(address, FdHandle | socket.socket | int):
-            sock, identity = inherited_socket(address, backlog), None
+            sock, identity = inherited_socket(address, backlog, descriptors=takes_descriptors(codec)), None
             name = os.fsdecode(sock.getsockname())
         else:
-            sock, identity = listening_socket(address, backlog=backlog, mode=mode, transport=transport)
+            sock, identity = listening_socket(
+                address,
+                backlog=backlog,
+                mode=mode,
+                transport=transport,
+                descriptors=takes_descriptors(codec),
+            )
             name = os.fsdecode(address)
         try:
-            self._start(sock, name, identity, allow, codec)
+            self._start(sock, name, identity, allow, codec, bounds)
             if not isinstance(address, FdHandle | socket.socket | int):  # what others may hold stays as it is
                 sock.setblocking(True)
                 self._blocks = True
+                self._door.forks_when_alone = forks()
         except BaseException:
             sock.close()
             raise
@@ -103,6 +141,7 @@ class Listener(Closing):
         identity: socketfile.Identity | None,
         allow: Policy,
         codec: Codec | None,
+        bounds: Bounds,
     ) -> None:
         self._address = address
         self._path = os.path.abspath(address) if identity else ""
@@ -110,13 +149,14 @@ class Listener(Closing):
         self._owner = os.getpid()
         self._allow = allow
         self._codec = codec
+        self._bounds = bounds
         self._hello = hello_of(codec)
         self._stream = sock.type == socket.SOCK_STREAM
         self._blocks = False  # whether accept(2) waits
         self._connections = accepted_sockets(sock)
         self._input = select.poll()
         self._input.register(sock.fileno(), select.POLLIN)
-        self._door = Transport(sock)  # for its way of waiting, and of closing under who waits
+        self._door = _Door(sock)  # for its way of waiting, and of closing under who waits
 
     # --- accepting ---------------------------------------------------------------------------------------------------------
 
@@ -151,14 +191,39 @@ class Listener(Closing):
         raise TimeoutError("nobody connected who is admitted")
 
     def __iter__(self) -> Iterator[Channel]:
-        """Yield a channel for each peer, until the listener is closed."""
+        """Yield a channel for each peer, until the listener is closed.
+
+        Where no descriptor or memory is left, it pauses, says so in the log, and goes on with who has stayed queued.
+
+        Raises:
+            OSError: accepting has failed for good.
+        """
+        pause = FIRST_PAUSE_SECONDS
         while True:
             try:
                 channel = self.accept()
             except ClosedError:
                 return
+            except OSError as error:
+                if error.errno not in EXHAUSTED:
+                    raise
+                if pause == FIRST_PAUSE_SECONDS:
+                    _log.warning("accepting at %r pauses: %s", self._address, error)
+                if not self._pause(pause):
+                    return
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
+                continue
+            pause = FIRST_PAUSE_SECONDS
             yield channel
             del channel  # it is the caller's alone
+
+    def _pause(self, seconds: float) -> bool:
+        """Let some time pass; False where it was closed meanwhile."""
+        try:
+            self._door.wait(0, time.monotonic() + seconds)
+        except ClosedError:
+            return False
+        return True
 
     def _accept_alone(self) -> Channel | None:
         """Accept in few steps, while there is no other thread; None where it takes more."""
@@ -209,9 +274,9 @@ class Listener(Closing):
         try:
             why = objection(sock, self._allow)
             if why is None:
-                return expect_hello(sock, self._codec, self._hello, self._stream)
+                return expect_hello(sock, self._codec, self._hello, self._stream, self._bounds)
             _log.info("a connection to %r was refused: %s", self._address, why)
-            refuse(sock, why)
+            refuse(sock)
             return None
         except BaseException:
             sock.close()
@@ -236,8 +301,8 @@ class Listener(Closing):
     def address(self) -> str:
         """Where it listens, as it was given; an abstract name begins with a zero byte.
 
-        The kernel remembers where a socket was made: getsockname(2), getpeername(2) and ss(8) show a private directory beside the
-        file, where it got its mode and began to listen before it appeared, or a short way to that.
+        The kernel remembers how a socket was made: getsockname(2), getpeername(2) and ss(8) show the way to a private directory
+        beside the file, by its descriptor of then, where it began to listen before it appeared.
         """
         return self._address
 
@@ -258,6 +323,7 @@ class Listener(Closing):
             ClosedError: the listener is closed.
         """
         self._check_open()
+        self._door.forks_when_alone = -1  # it may be duplicated, or inherited
         return self._door.sock.fileno()
 
     def close(self) -> None:
@@ -317,6 +383,8 @@ def connect(
     allow: Policy = same_user,
     codec: Codec | None = None,
     transport: str | None = None,
+    max_inflight: int = DEFAULT_MAX_INFLIGHT,
+    max_untaken: int | None = None,
 ) -> Channel:
     """Connect to a :class:`Listener`; return as soon as the kernel has the connection, also before it is accepted.
 
@@ -326,6 +394,7 @@ def connect(
         allow: which user may be listening there: a callable that takes PeerCredentials, those of whom called listen(2).
         codec: how objects become bytes, the same as the listener's; None for pickle.
         transport: "seqpacket", "stream", or None for the best that the system has, as the listener.
+        max_inflight, max_untaken: bounds of the channel, as for :class:`Listener`.
 
     Raises:
         FileNotFoundError, ConnectionRefusedError: nobody listens there.
@@ -336,15 +405,18 @@ def connect(
         ValueError: a bad address or transport.
     """
     answer = PICKLE_ANSWER if codec is None else Answer(hello_of(codec))
-    sock = connected_socket(address, timeout=timeout, transport=transport)
+    sock = connected_socket(
+        address, timeout=timeout, transport=transport, descriptors=takes_descriptors(codec)
+    )
     try:
         why = objection(sock, allow)
         if why is not None:
-            refuse(sock, why)
+            refuse(sock)
             raise AccessDeniedError(f"the listener at {os.fsdecode(address)!r} is not trusted here: {why}")
         say_hello(sock, answer.ours)
-        channel = Channel(sock, codec=codec)
+        channel = Channel(sock, codec=codec, max_inflight=max_inflight, max_untaken=max_untaken)
         channel._transport.greeting = answer
+        Bounds(max_inflight, max_untaken).meet(channel)
         return channel
     except BaseException:
         sock.close()
@@ -364,7 +436,16 @@ def reduce_listener(listener: Listener, context: reducers.Context) -> reducers.R
         if listener._owner == os.getpid():
             path, identity = listener._path, listener._identity
     index = context.lend(listener.fileno(), listener)
-    return rebuild_listener, (index, listener._address, path, identity, listener._allow, listener._codec)
+    bounds = attrs.astuple(listener._bounds)
+    return rebuild_listener, (
+        index,
+        listener._address,
+        path,
+        identity,
+        listener._allow,
+        listener._codec,
+        *bounds,
+    )
 
 
 def rebuild_listener(
@@ -374,11 +455,13 @@ def rebuild_listener(
     identity: socketfile.Identity | None,
     allow: Policy,
     codec: Codec | None,
+    max_inflight: int = DEFAULT_MAX_INFLIGHT,
+    max_untaken: int | None = None,
 ) -> Listener:
     sock = to_socket(reducers.take(index, stat.S_IFSOCK))
     listener = Listener.__new__(Listener)
     try:
-        listener._start(sock, address, identity, allow, codec)
+        listener._start(sock, address, identity, allow, codec, Bounds(max_inflight, max_untaken))
     except BaseException:
         sock.close()
         raise

@@ -20,10 +20,10 @@ from fdshare.choosing import socketpair
 from fdshare.codec import Incoming
 from fdshare.errors import DescriptorsLostError, ProtocolError, QueueClosedError
 from fdshare.handle import HandleList, socketpair_of
-from fdshare.inflight import TICK_SECONDS
+from fdshare.inflight import DRAIN_SECONDS, TICK_SECONDS
 from fdshare.rights import Arrived
 from fdshare.sync import Event
-from fdshare.transport import DRAIN_SECONDS, Transport, other_threads
+from fdshare.transport import Transport, other_threads
 
 __all__ = ["Inlet", "Outlet", "make_pair"]
 

@@ -23,24 +23,27 @@ from fdshare import hello as hellos
 from fdshare import reducers, rights, wire
 from fdshare.channel import Channel, rebuild_channel, reduce_channel
 from fdshare.codec import Codec
+from fdshare.credentials import peer_credentials
+from fdshare.disposal import dispose, forks, holds_descriptors
 from fdshare.errors import AccessDeniedError, MessageTooLargeError, ProtocolError
 from fdshare.hello import Hello
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.transport import Transport
 
-__all__ = ["PICKLE_ANSWER", "Answer", "Greeting", "expect_hello", "hello_of", "refuse", "say_hello"]
+__all__ = [
+    "PICKLE_ANSWER",
+    "Answer",
+    "Bounds",
+    "Greeting",
+    "expect_hello",
+    "hello_of",
+    "refuse",
+    "say_hello",
+    "takes_descriptors",
+]
 
 FAREWELL_SECONDS = 0.2
 """How long a failed send waits for another thread that is reading, to say why the peer has closed; that one reads for a tick."""
-
-_forks = 0
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(before=_count_fork)
 
 
 @attrs.define(eq=False)
@@ -54,7 +57,7 @@ class Greeting:
     """The part of it that has come."""
     failure: OSError | None = None
     _plain: bool = False
-    _forks: int = attrs.field(factory=lambda: _forks)
+    _forks: int = attrs.field(factory=forks)
 
     def stand_before(self, transport: Transport) -> None:
         """Let the transport ask this greeting first."""
@@ -76,7 +79,7 @@ class Greeting:
         """
         if self.failure is not None:
             raise type(self.failure)(*self.failure.args)
-        if self._forks != _forks:
+        if self._forks != forks():
             self.share(transport)
         if not self.strict and not transport.plain and transport.bare:
             transport.greeting = None  # a packet was announced in the meantime
@@ -91,7 +94,7 @@ class Greeting:
                 self._end(transport)  # the end, or a message: the transport will look at it
                 return True
             if arrived[1]:
-                arrived.close()
+                rights.drop(arrived)
                 raise self._failed(ProtocolError("descriptors come with the peer's hello"))
             self.begun, transport.arrived = data, None
         try:
@@ -130,6 +133,8 @@ class Greeting:
     def leave(self, transport: Transport) -> None:
         """Before the transport closes: a hello left unread would reset the connection before the peer reads what was sent."""
         if self.strict and transport.arrived is None:
+            if transport.limits is not None and holds_descriptors(transport.sock):
+                return  # reading would close them
             try:
                 transport.sock.recv(hellos.MAX_HELLO, rights.NOW)
             except OSError:
@@ -206,6 +211,19 @@ class _Takes:
             raise OSError(errno.EMSGSIZE, "the peer takes smaller packets")
 
 
+@attrs.frozen
+class Bounds:
+    """What may be sent on a channel and not yet be taken, as for ``Channel``; of strangers never without a bound."""
+
+    inflight: int = DEFAULT_MAX_INFLIGHT
+    untaken: int | None = None
+
+    def meet(self, channel: Channel) -> None:
+        """Hold a channel to them that was made just now, on a connection which nobody else has."""
+        channel._transport.max_untaken = self.untaken
+        channel._transport.forks_when_alone = forks()
+
+
 def hello_of(codec: Codec | None) -> Hello:
     """Return what this side says of itself; a codec with ``limits`` takes fewer descriptors and smaller messages than others."""
     if codec is None:
@@ -216,8 +234,14 @@ def hello_of(codec: Codec | None) -> Hello:
     return Hello(
         codec.name,
         descriptors=min(limits.max_fds, wire.MAX_DESCRIPTORS),
-        size=min(limits.max_bytes, wire.MAX_SEGMENT),
+        size=min(limits.size, wire.MAX_SEGMENT),
     )
+
+
+def takes_descriptors(codec: Codec | None) -> bool:
+    """Whether a message of this codec may bring any, in a segment's place too."""
+    limits = getattr(codec, "limits", None)
+    return limits is None or bool(limits.carried)
 
 
 _PICKLE = Hello("pickle")
@@ -236,27 +260,33 @@ def say_hello(sock: socket.socket, ours: Hello) -> None:
         pass
 
 
-def expect_hello(sock: socket.socket, codec: Codec | None, ours: Hello, stream: bool) -> Channel:
+def expect_hello(
+    sock: socket.socket, codec: Codec | None, ours: Hello, stream: bool, bounds: Bounds
+) -> Channel:
     """Return a channel on a connection just accepted, and answer the other side's hello where it has come and is another.
 
     What is wrong with it, a receive will tell.
 
     Args:
         stream: whether the socket is one.
+        bounds: of the channel.
 
     Raises:
         OSError: not even a few bytes can be sent.
     """
     # Of a stream no byte more than the hello may be taken; of a packet, one more shows that it is longer.
     size = len(ours.data) if stream else hellos.MAX_HELLO + 1
+    receive = _recv if codec is None else rights.recv_warily
     try:
-        begun = sock.recv(size, rights.NOW)
+        begun = receive(sock, size)
     except BlockingIOError:
         os.sched_yield()  # it has connected just now, on this CPU perhaps, and is about to say hello
-        begun = _recv(sock, size)
-    except OSError:
-        begun = b""
-    channel = Channel(sock, codec=codec)
+        try:
+            begun = receive(sock, size)
+        except BlockingIOError:
+            begun = b""
+    channel = Channel(sock, codec=codec, max_inflight=bounds.inflight, max_untaken=bounds.untaken)
+    bounds.meet(channel)
     if begun != ours.data:
         if stream:  # a shorter hello names another codec: what was taken behind it will not be missed
             begun = begun[: len(begun) + min(0, hellos.missing(begun))]
@@ -273,20 +303,34 @@ def expect_hello(sock: socket.socket, codec: Codec | None, ours: Hello, stream: 
 
 
 def _recv(sock: socket.socket, size: int) -> bytes:
+    """Return what has come; nothing where the peer has gone.
+
+    Raises:
+        BlockingIOError: nothing has.
+    """
     try:
         return sock.recv(size, rights.NOW)
-    except OSError:  # nothing there, or gone
+    except BlockingIOError:
+        raise
+    except OSError:
         return b""
 
 
-def refuse(sock: socket.socket, reason: str) -> None:
-    """Tell the peer of a new connection that it is not admitted, and close."""
-    with sock:
-        try:
-            sock.send(hellos.pack_refusal(reason), rights.SEND_NOW)
+def refuse(sock: socket.socket) -> None:
+    """Tell the peer of a new connection that it is not admitted, and close, without waiting for what it may have sent.
+
+    It is told no more than the kernel tells about it: why, and who would be admitted, is nothing for strangers.
+    """
+    try:
+        peer = peer_credentials(sock)
+        sock.send(hellos.pack_refusal(f"uid {peer.uid} (pid {peer.pid}) is not admitted"), rights.SEND_NOW)
+        sock.shutdown(socket.SHUT_RD)
+        if not holds_descriptors(sock):
             sock.recv(hellos.MAX_HELLO, rights.NOW)  # left unread it would reset the connection
-        except OSError:
-            pass
+    except OSError:
+        pass
+    finally:
+        dispose(sock, alone=True)
 
 
 # --- how a channel travels before its hello was taken ------------------------------------------------------------------

@@ -20,7 +20,8 @@ from typing import Any
 from fdshare import broker, reducers, rights, system
 from fdshare.broker import BUNDLED, BUSY, DENIED, GIVEN, UNKNOWN
 from fdshare.codec import Incoming, Outgoing, PickleCodec
-from fdshare.credentials import peer_credentials
+from fdshare.credentials import peer_credentials, same_user
+from fdshare.disposal import dispose
 from fdshare.errors import AccessDeniedError, FdLimitError, HandoffExpiredError, ProtocolError
 from fdshare.handle import FdHandle, HandleList, Handles, Moved, own
 from fdshare.rendezvous import short_path
@@ -68,7 +69,8 @@ def fetch(address: str, token: bytes, count: int, *, timeout: float | None = Non
             raise AccessDeniedError(errno.EACCES, f"the broker at {address} is another user's") from error
         except BlockingIOError as error:
             raise TimeoutError(f"no connection to the broker at {address}") from error
-        if peer_credentials(sock).uid != os.geteuid():
+        if not same_user(peer_credentials(sock)):
+            dispose(sock, alone=True)
             raise AccessDeniedError(errno.EACCES, f"the broker at {address} is another user's")
         sock.settimeout(timeout)
         return _receive(sock, token, count)

@@ -1,16 +1,18 @@
 """What was sent and not yet taken: the bound on memory that messages with segments hold between two processes.
 
 The kernel tells how much of what a socket sent is unread (SIOCOUTQ), in bytes of its own accounting and for all
-messages together.  Each message with a segment adds a known least amount, so the figure bounds how many of
-them can still be there.  macOS and FreeBSD do not tell: there only the buffer of the socket bounds what is in flight.
+messages together.  Each message with a segment, or another descriptor, adds a known least amount, so the figure bounds how many
+of them can still be there.  macOS and FreeBSD do not tell: there only the buffer of the socket bounds what is in flight.
 """
 
 from __future__ import annotations
 
 import _socket
+import errno
 import fcntl
 import functools
 import math
+import resource
 import select
 import socket
 import sys
@@ -22,15 +24,25 @@ from itertools import starmap
 from typing import Protocol
 
 from fdshare import locks
-from fdshare.errors import ClosedError
+from fdshare.errors import ClosedError, FdLimitError
 
-__all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation", "unread_bytes"]
+__all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation", "Untaken", "unread_bytes"]
 
 DEFAULT_MAX_INFLIGHT = 256 * 2**20
 """Bytes of segments that may be sent and not yet taken, from one Channel object."""
 
+UNTAKEN_SHARE = 8
+"""The part of the descriptor limit that one channel may have in flight, unless told otherwise.  The kernel counts those of all
+processes of a user against it, so that a peer that takes nothing would leave none to the others."""
+
+FEW_UNTAKEN = 16
+"""Descriptors in flight that are below every bound, so that few sends have to ask the kernel."""
+
 WARN_SECONDS = 5.0
 """After this time a sender that waits for ``max_inflight`` and has unread messages itself says so in the log."""
+
+DRAIN_SECONDS = 1.0
+"""How long a sender waits, without a timeout of its own, for descriptors in flight to be taken."""
 
 TICK_SECONDS = 0.001
 """How often a sender looks whether in-flight data was taken: nothing can wake it for that."""
@@ -152,6 +164,76 @@ class InFlight:
         most_unread = -(-self.unread() // _packet_cost())
         while len(self._flying) > most_unread:
             self._flying_bytes -= self._flying.popleft()
+
+
+class Untaken:
+    """Descriptors that one channel has sent and the other side has not taken; usable by several threads.
+
+    What is unread may be other messages too, so this errs on the side of waiting.
+    """
+
+    __slots__ = ("_flying", "_transport", "limit")
+
+    def __init__(self, transport: Waits, limit: float | None) -> None:
+        self.limit = limit
+        self._transport = transport
+        self._flying: deque[int] = deque()  # how many each message has brought, oldest first
+
+    def __len__(self) -> int:
+        return sum(tuple(self._flying))
+
+    @property
+    def bound(self) -> float:
+        """Most of them: what was asked for, or a part of the descriptor limit of now."""
+        if self.limit is not None:
+            return self.limit
+        return max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // UNTAKEN_SHARE, FEW_UNTAKEN)
+
+    def fits(self, count: int) -> bool:
+        """Whether ``count`` more fit under the bound; into an empty queue any number does."""
+        if not self._flying or (self.limit is None and len(self) + count <= FEW_UNTAKEN):
+            return True
+        self._forget_taken()
+        return not self._flying or len(self) + count <= self.bound
+
+    def make_room(self, count: int, deadline: float | None) -> None:
+        """Wait until ``count`` more fit.
+
+        Raises:
+            FdLimitError: the deadline has passed; without one, the receiver has taken none for a while.
+        """
+        before, until = -1, 0.0
+        while not self.fits(count):
+            now, unread = time.monotonic(), unread_bytes(self._transport.sock)
+            if unread != before:
+                before, until = unread, now + DRAIN_SECONDS
+            if now >= (until if deadline is None else deadline):
+                raise self._refusal(count)
+            if self._transport.wait(select.POLLHUP, now + TICK_SECONDS):
+                return  # the send will say so
+
+    def note(self, count: int) -> None:
+        """Record that a message with so many was sent."""
+        if self.limit != math.inf:
+            self._flying.append(count)
+
+    def _forget_taken(self) -> None:
+        try:
+            most_unread = -(-unread_bytes(self._transport.sock) // _packet_cost())
+            while len(self._flying) > most_unread:
+                self._flying.popleft()
+        except (ValueError, IndexError):  # closed meanwhile; another thread has done the same
+            pass
+
+    def _refusal(self, count: int) -> FdLimitError:
+        """Return the error for a message that did not get room."""
+        return FdLimitError(
+            errno.ETOOMANYREFS,
+            f"the other side has not taken {len(self)} descriptors that were sent before (max_untaken is {self.bound}): "
+            f"{count} more were not sent",
+            needed=count,
+            limit=int(self.bound),
+        )
 
 
 def _warn_of_deadlock(bound: int) -> None:

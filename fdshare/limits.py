@@ -30,10 +30,19 @@ class Limits(NamedTuple):
 
     max_bytes: int
     max_fds: int
+    none: bool = False
+    """Whether no descriptor at all may come, a segment's neither: then a message is what fits into any packet."""
+
+    @property
+    def size(self) -> int:
+        """Most bytes of a message that a peer can send: ``max_bytes``, unless more than a packet takes a segment."""
+        return min(self.max_bytes, wire.ALWAYS_INLINE) if self.none else self.max_bytes
 
     @property
     def carried(self) -> int:
         """Most descriptors that an honest packet brings: a bundle is one, a segment is one more."""
+        if self.none:
+            return 0
         # Beyond ALWAYS_INLINE a payload may come in a segment.
         return min(self.max_fds + (self.max_bytes > wire.ALWAYS_INLINE), wire.MAX_FDS_PER_PACKET)
 

@@ -7,9 +7,11 @@ is imported.  Waiting goes by those names, so that it is cooperative where they 
 from __future__ import annotations
 
 import _socket
+import _thread
 import importlib.util
 import select
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ else:
         if (cls.__module__, cls.__qualname__) == ("socket", "socket")
     )
 
-__all__ = ["Socket", "is_patched", "poll"]
+__all__ = ["Socket", "allocate_lock", "is_patched", "poll", "start_new_thread"]
 
 
 def _original(module: types.ModuleType, name: str) -> Any:
@@ -41,6 +43,13 @@ def _original(module: types.ModuleType, name: str) -> Any:
 
 poll: type[select.poll] = _original(select, "poll")
 """poll(2), which blocks the whole thread."""
+
+
+start_new_thread: Callable[[Callable[..., object], tuple[Any, ...]], int] = _original(
+    _thread, "start_new_thread"
+)
+allocate_lock: Callable[[], _thread.LockType] = _original(_thread, "allocate_lock")
+"""A thread of the system, for what blocks it whole, and a lock to wait for it with."""
 
 
 def is_patched() -> bool:

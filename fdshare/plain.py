@@ -29,7 +29,8 @@ class BytesCodec:
 
     Args:
         max_bytes: most bytes of one message, sent or received.
-        max_fds: most descriptors of one message, sent or received.
+        max_fds: most descriptors of one message, sent or received; with 0 none at all can come, and no message of more than
+            64 KiB, as it would come in a segment, which is one.
 
     Raises:
         ValueError: a bound that makes no sense.
@@ -42,7 +43,7 @@ class BytesCodec:
             raise ValueError(f"max_bytes is {max_bytes}: 1 to {wire.MAX_SEGMENT}")
         if not 0 <= max_fds <= wire.MAX_DESCRIPTORS:
             raise ValueError(f"max_fds is {max_fds}: 0 to {wire.MAX_DESCRIPTORS}")
-        self.limits = Limits(max_bytes, max_fds)
+        self.limits = Limits(max_bytes, max_fds, none=not max_fds)
 
     def encode(self, obj: Any) -> Outgoing:
         """Encode a message.

@@ -8,6 +8,9 @@ import socket
 import stat
 import sys
 
+from fdshare.credentials import is_own_user
+from fdshare.handle import own
+from fdshare.rights import refuse_all
 from fdshare.socketfile import MAX_PATH
 from fdshare.socketfile import short_for_bind as short_path  # for connect too: the names are short
 
@@ -33,18 +36,28 @@ def _directory() -> str:
     except FileExistsError:
         pass
     try:
-        found = os.lstat(path)
+        with own(os.open, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC) as handle:
+            found = os.fstat(handle.fileno())
+            if _is_ours(found):
+                if found.st_mode & 0o077:  # somebody has opened it
+                    os.fchmod(handle.fileno(), 0o700)
+                return path
     except FileNotFoundError:  # removed by its last user just now
         return _directory()
-    if _is_ours(found):
-        if found.st_mode & 0o077:  # somebody has opened it; nobody else can replace what is ours
-            os.chmod(path, 0o700)
-        return path
-    return mkdtemp(prefix=_PREFIX, dir=base)  # somebody else was here first
+    except OSError:  # no directory, or one that we may not read
+        pass
+    # Somebody else was here first, or might have been.
+    return mkdtemp(prefix=_another(), dir=base)
+
+
+def _another() -> str:
+    """Return how the names of directories begin that take the place of the usual one: no other program's do."""
+    return f"{_PREFIX}{os.geteuid()}-broker-"
 
 
 def _is_ours(found: os.stat_result) -> bool:
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    """Whether a directory is this user's for certain."""
+    return stat.S_ISDIR(found.st_mode) and is_own_user(found.st_uid)
 
 
 def listen() -> tuple[socket.socket, str]:
@@ -58,6 +71,7 @@ def listen() -> tuple[socket.socket, str]:
             # name by which others judge only when it listens.
             with short_path(unfinished) as short:
                 listener.bind(short)
+            refuse_all(listener)
             listener.listen(BACKLOG)
             listener.setblocking(False)
             os.rename(unfinished, path)
@@ -77,26 +91,35 @@ def remove(path: str) -> None:
         os.unlink(path)
     except OSError:
         pass
-    directories = {directory}
     base, name = os.path.split(directory)
+    beside = []
     if name != f"{_PREFIX}{os.geteuid()}":  # one of several: those of killed processes lie beside it
         with contextlib.suppress(OSError), os.scandir(base) as entries:
-            directories |= {
-                entry.path
+            beside = [
+                entry
                 for entry in entries
                 if entry.name.startswith(_PREFIX) and _is_ours(entry.stat(follow_symlinks=False))
-            }
-    for directory in directories:
-        _sweep(directory)
-        with contextlib.suppress(OSError):  # somebody else uses it
-            os.rmdir(directory)
+            ]
+    _sweep(directory)
+    _remove_if_empty(directory)
+    for entry in beside:
+        # An empty one may be any program's, unless its name says that it is of a broker.
+        if _sweep(entry.path) or entry.name.startswith(_another()):
+            _remove_if_empty(entry.path)
 
 
-def _sweep(directory: str) -> None:
+def _remove_if_empty(directory: str) -> None:
+    with contextlib.suppress(OSError):  # somebody else uses it
+        os.rmdir(directory)
+
+
+def _sweep(directory: str) -> bool:
+    """Remove the sockets of processes that have ended; whether there were any."""
+    swept = False
     try:
         names = os.listdir(directory)
     except OSError:
-        return
+        return swept
     for name in names:
         pid = name.partition("-")[0]
         if not pid.isdigit() or int(pid) == os.getpid() or _lives(int(pid)):
@@ -109,8 +132,10 @@ def _sweep(directory: str) -> None:
         except ConnectionRefusedError:  # of another pid namespace it would have answered
             with contextlib.suppress(OSError):
                 os.unlink(path)
+                swept = True
         except OSError:
             pass
+    return swept
 
 
 def _lives(pid: int) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from itertools import starmap
 from typing import Any
 
+from fdshare.disposal import close_later
 from fdshare.errors import DescriptorsLostError, FdLimitError, MessageTooLargeError, ProtocolError
 from fdshare.handle import (
     NO_HANDLES,
@@ -343,6 +344,50 @@ def unbundle(bundle: FdHandle, total: int) -> Handles:
         handles.close()
         raise lost(total, len(handles))
     return handles
+
+
+def recv_warily(sock: socket.socket, size: int) -> bytes:
+    """Return what has come from who is not trusted; nothing where he has gone, or where descriptors came with it.
+
+    A plain read would close those, and wait for that.
+
+    Raises:
+        BlockingIOError: nothing has.
+    """
+    try:
+        for arrived in map(Arrived, starmap(sock.recvmsg, ((size, CONTROL_SIZE, CLOEXEC | NOW),))):
+            if not arrived[1]:
+                return bytes(arrived[0])
+            drop(arrived)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+    return b""
+
+
+def drop(arrived: Arrived) -> None:
+    """Close descriptors that a peer had no business to send, without waiting for that."""
+    handles = arrived.adopt()
+    for handle in handles:
+        close_later(handle.detach())
+    handles.release()
+
+
+_SO_PASSRIGHTS = 83
+"""Of Linux 6.16, absent from the socket module: whether descriptors may come at all."""
+
+
+def refuse_all(sock: socket.socket) -> None:
+    """Let no descriptor come to ``sock``, nor to what it accepts: the sender gets EPERM, where the kernel has that.
+
+    Before listen(2) or connect(2); after that, what has come is there.
+    """
+    if sys.platform == "linux":
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+        except OSError:
+            pass  # an older kernel, or a socket that is closed already
 
 
 # --- bare SCM_RIGHTS -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import _thread
 import errno
+import math
 import os
 import select
 import socket
@@ -29,6 +30,7 @@ from itertools import repeat, starmap
 from typing import Any, NamedTuple, Protocol
 
 from fdshare import locks, memory, recycle, rights, system, wire
+from fdshare.disposal import dispose, forks
 from fdshare.errors import (
     AccessDeniedError,
     ClosedError,
@@ -41,13 +43,10 @@ from fdshare.errors import (
 from fdshare.firstuse import OnFirstUse
 from fdshare.handle import NO_HANDLES, FdHandle, HandleList, own, own_pipe
 from fdshare.hello import Greeting, Takes
-from fdshare.inflight import DEFAULT_MAX_INFLIGHT, TICK_SECONDS, InFlight
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT, DRAIN_SECONDS, TICK_SECONDS, InFlight, Untaken
 from fdshare.rights import Arrived
 
 __all__ = ["Packet", "Transport"]
-
-DRAIN_SECONDS = 1.0
-"""How long a sender waits, without a timeout of its own, for descriptors in flight to drain (ETOOMANYREFS)."""
 
 CRAMPED_TICK_SECONDS = 0.05
 """How often a blocked call looks whether its channel was closed when no descriptor is left to be woken by."""
@@ -64,10 +63,6 @@ def _count_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_count_fork)
-
-
-_SO_PASSRIGHTS = 83
-"""Of Linux 6.16, absent from the socket module: whether descriptors may come at all."""
 
 
 class Limits(Protocol):
@@ -140,6 +135,8 @@ class Transport:
     closed = False
     arrived: Any = None  # a result of recvmsg that nobody has taken yet
     keeps_bundles = False  # whether what is read here is only to be sent on
+    forks_when_alone = -1  # forks before it was made here; -1 where others may have it, too
+    max_untaken: float | None = math.inf  # descriptors; None for a part of the system's limit
     bare = False  # whether packets without a header are spoken here
     plain = False  # whether the next packet may be taken without looking for room first
     _control = rights.CONTROL_SIZE
@@ -147,6 +144,7 @@ class Transport:
 
     # A connection of a few messages needs none of these, which take longer to make than all the rest.
     in_flight = OnFirstUse(lambda transport: InFlight(transport, transport._max_inflight))
+    untaken = OnFirstUse(lambda transport: Untaken(transport, transport.max_untaken))
     arrivals_now = OnFirstUse(lambda transport: transport._arrivals(rights.NOW))
     _reading = OnFirstUse(lambda transport: locks.make_rlock())
     _writing = OnFirstUse(lambda transport: locks.make_rlock())
@@ -177,10 +175,7 @@ class Transport:
         if sys.platform == "linux":
             self._read_with(rights.control_size(limits.carried))
             if not limits.carried:
-                try:
-                    self.sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
-                except OSError:
-                    pass  # an older kernel, or a socket that is closed already
+                rights.refuse_all(self.sock)
 
     def _passes(self, header: wire.Header) -> bool:
         """Whether what this header announces may be taken.
@@ -281,7 +276,10 @@ class Transport:
         if self.greeting is not None:
             self.greeting.leave(self)
         recycle.leave(self)
-        self.sock.close()
+        if self.limits is None:
+            self.sock.close()
+        else:
+            dispose(self.sock, alone=self.forks_when_alone == forks())
         if type(self.arrived) is Arrived:
             self.arrived.close()
         self.arrived = None

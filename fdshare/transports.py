@@ -110,12 +110,13 @@ class SeqpacketTransport(_Greeted):
 
     def send_few(self, out: Outgoing) -> bool:
         """Send a small message with some descriptors the short way; False where it takes the long one."""
-        payload, fds = out.payload, out.fds
-        count = len(fds)
+        payload, fds, count = out.payload, out.fds, len(out.fds)
         if out.buffers or len(payload) != 1 or not 0 < count <= wire.MAX_FDS_PER_PACKET:
             return False
         size = len(payload[0])
         if size > wire.ALWAYS_INLINE or not (self.takes is None or self.takes.few(count, size)):
+            return False
+        if not self.untaken.fits(count):
             return False
         header = _few_header(count, wire.HEADER_SIZE + size) + wire.nonce().to_bytes(8, "little")
         try:
@@ -124,6 +125,7 @@ class SeqpacketTransport(_Greeted):
                 True  # a second notice would stay with the receiver, which looks for room for each
             )
             self.sock.sendmsg((header, payload[0]), rights.rights(fds), rights.SEND_NOW)
+            self.untaken.note(count)
         except OSError as error:  # full, closed, a bad descriptor: the long way tells
             if is_from_handler(error):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -436,6 +437,30 @@ def test_another_user_who_reaches_the_socket_is_denied_by_both_sides(
         broker.shutdown()
 
 
+def test_number_of_all_strangers_is_not_a_user_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a user namespace the kernel shows all who have no number there as 65534, to a process of 65534, too."""
+    monkeypatch.setattr("fdshare.credentials._OVERFLOW_UID", os.geteuid())
+    monkeypatch.setattr("fdshare.credentials._every_user_has_a_number", lambda: False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    usual = tmp_path / f"fdshare-{os.geteuid()}"
+    usual.mkdir(0o777)
+    usual.chmod(0o777)
+    address, token, count = ticket(7)
+    assert Path(address).parent != usual
+    assert stat.S_IMODE(usual.stat().st_mode) == 0o777
+    with socket.socket(socket.AF_UNIX) as stranger, rendezvous.short_path(address) as short:
+        stranger.connect(short)
+        with contextlib.suppress(BrokenPipeError):  # refused already
+            stranger.sendall(token)
+        assert fdshare.recv_fds(stranger, 1, 1) == (broker.DENIED, [])
+    with monkeypatch.context() as other, pytest.raises(AccessDeniedError, match="another user"):
+        other.setattr(broker, "_broker", broker.Broker())
+        handoff.fetch(address, token, count)
+    assert token in broker.current()
+
+
 def ask_as_nobody(address: str, token: bytes) -> tuple[bytes, list[Any]]:
     os.setreuid(65534, 65534)
     with bare_client(address) as sock:
@@ -477,12 +502,15 @@ def test_squatted_directory_is_not_used(
         tmp_path / "fdshare-left"
     )  # before the ticket is spent: an idle broker ends, and sweeps, by itself
     killed.mkdir(0o700)
+    foreign = tmp_path / "fdshare-of-another-program"
+    foreign.mkdir(0o700)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(killed / "1073741824-00"))  # a pid beyond any system's
     assert in_child(spend, address, token, count) == 7
     broker.shutdown()
     assert not directory.exists()
     assert not killed.exists()
+    assert foreign.exists()  # it was empty, and not a broker's
 
 
 def test_directory_that_was_opened_is_closed_again(tmp_path: Path) -> None:

@@ -258,6 +258,35 @@ def test_another_user_is_refused(file: Path) -> None:
         assert expect(receiver).encode() == CONTENT
 
 
+@pytest.mark.parametrize("connects", ["send", "recv"])
+def test_raw_at_an_abstract_name_is_for_one_user(connects: str, file: Path) -> None:
+    """Unless it was asked for: such a name has no mode that would keep others out."""
+    if sys.platform != "linux":
+        pytest.skip("abstract names exist on Linux only")
+    name = f"@fdshare-raw-{connects}-{os.getpid()}"
+    listening = ["send", name, str(file), "--listen"] if connects == "recv" else ["recv", name, "--cat"]
+    calling = ["recv", name, "--connect", "--cat"] if connects == "recv" else ["send", name, "/dev/null"]
+    with start(*listening, "--raw", PATIENCE) as listener:
+        refused = run_as_nobody(*calling, "--raw", PATIENCE)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "another user listens at" in refused.stderr
+        insists = run_as_nobody(*calling, "--raw", "--any-user", PATIENCE)  # and the other side does not
+        assert (insists.returncode, insists.stdout) == (1, "")
+        own = run(*calling, "--raw", PATIENCE)
+        assert own.returncode == 0, own.stderr
+        assert listener.wait(TIMEOUT) == 0
+    with start(*listening, "--raw", "--any-user", PATIENCE) as listener:
+        both = run_as_nobody(*calling, "--raw", "--any-user", PATIENCE)
+        assert both.returncode == 0, both.stderr
+        assert listener.wait(TIMEOUT) == 0
+
+
+def test_raw_at_a_path_is_for_whom_the_mode_lets_in(address: str, file: Path) -> None:
+    with start("recv", f"{address}", "--raw", "--cat", PATIENCE) as receiver:
+        assert run("send", address, file, "--raw", PATIENCE).returncode == 0
+        assert expect(receiver).encode() == CONTENT
+
+
 def test_garbage_is_one_line(address: str) -> None:
     with start("recv", address, "--transport=stream", PATIENCE) as receiver:
         wait_until(lambda: os.path.exists(address))
@@ -634,6 +663,7 @@ def test_person_at_a_terminal_is_told(address: str, file: Path) -> None:
         "send s x --mode=rb",
         "send s x --data=x",
         "send s x --raw --data=",
+        "send s x --any-user",
         "send fd:3 x",
         "send s x --timeout=-1",
         "send s x --timeout=inf",

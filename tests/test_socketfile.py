@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import pytest
 from helpers import requires_seqpacket, running
 
 from fdshare import Listener, any_user, connect, socketfile
+from fdshare.rights import open_numbers
 from fdshare.testing import Child, checked_child
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
@@ -76,13 +78,14 @@ def test_there_is_no_moment_at_which_a_stranger_could_come_in(
     seen = []
     link = os.link
 
-    def watched(source: str, target: str) -> None:
+    def watched(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int, **options: Any) -> None:
         seen.append(target)
-        assert stat.S_IMODE(os.stat(os.path.dirname(source)).st_mode) == 0o700
-        assert stat.S_IMODE(os.stat(source).st_mode) == 0o640
-        connect(source).close()
-        assert not os.path.lexists(target)
-        link(source, target)
+        assert stat.S_IMODE(os.fstat(src_dir_fd).st_mode) == 0o700
+        assert stat.S_IMODE(os.stat(source, dir_fd=src_dir_fd).st_mode) == 0o640
+        private = next(name for name in os.listdir(os.path.dirname(path)) if name.startswith(".sock-"))
+        connect(os.path.join(os.path.dirname(path), private, source)).close()
+        assert not os.path.lexists(path)
+        link(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, **options)
 
     monkeypatch.setattr(os, "link", watched)
     before = os.umask(0)
@@ -91,7 +94,7 @@ def test_there_is_no_moment_at_which_a_stranger_could_come_in(
             listener.accept().close()
     finally:
         os.umask(before)
-    assert seen == [path]
+    assert seen == ["sock"]
 
 
 def test_nothing_is_left_beside_it(path: str) -> None:
@@ -254,7 +257,7 @@ def test_of_threads_that_start_at_once_one_wins(
     """Over a dead listener's file as on a free path; also where the file system has no hard links."""
     if not hard_links:
 
-        def refuse(source: str, target: str) -> None:
+        def refuse(source: str, target: str, **options: Any) -> None:
             raise OSError(errno.EPERM, "no hard links here")
 
         monkeypatch.setattr(os, "link", refuse)
@@ -311,20 +314,223 @@ def start_and_serve(path: str, go: tuple[int, int], said: int) -> None:
 
 
 @requires_seqpacket
-def test_foreign_lock_on_the_directory_delays_but_does_not_stop(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_foreign_lock_on_the_directory_means_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it, and of those who start over a dead listener's file still one wins."""
     import fcntl
 
-    monkeypatch.setattr(socketfile, "LOCK_SECONDS", 0.05)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
-        dead.bind(path)
+    monkeypatch.setattr(socketfile, "LOCK_SECONDS", 1e9)
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
-        Listener(path).close()
+        for _ in range(5):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+                dead.bind(path)
+            won: list[Listener] = []
+            lost: list[OSError] = []
+            with running(*[functools.partial(start_one, path, threading.Barrier(4), won, lost)] * 4):
+                pass
+            assert (len(won), len(lost)) == (1, 3)
+            won[0].close()
     finally:
         os.close(directory)
+
+
+@requires_seqpacket
+def test_start_between_another_ones_look_and_its_taking_keeps_its_place(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower one has found a dead listener's file, and takes that of the faster one: it is given back."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(path)
+    take, first = socketfile._take, []
+
+    def late(*arguments: Any) -> None:
+        monkeypatch.setattr(socketfile, "_take", take)
+        monkeypatch.setattr(socketfile, "LOCK_SECONDS", 0.0)  # it would wait for the one that we are in
+        first.append(Listener(path))
+        take(*arguments)
+
+    monkeypatch.setattr(socketfile, "_take", late)
+    with pytest.raises(OSError, match="listens here already"):
+        Listener(path)
+    with first[0] as listener, connect(path), listener.accept(20):
+        assert os.listdir(os.path.dirname(path)) == ["sock"]
+
+
+@requires_seqpacket
+def test_start_that_lost_its_place_says_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    confirm = socketfile._confirm
+
+    def beaten(*arguments: Any) -> None:
+        os.rename(path, path + ".lost")
+        confirm(*arguments)
+
+    monkeypatch.setattr(socketfile, "_confirm", beaten)
+    with pytest.raises(OSError, match="has taken the place") as caught:
+        Listener(path)
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+# what is left of those that were killed, and interrupted
+
+
+KILLED = """
+import os, signal, sys, fdshare
+from fdshare import socketfile
+name = sys.argv[2]
+if name == "mkdir":
+    make = os.mkdir
+    def die(*args, **options):
+        make(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.mkdir = die
+else:
+    def die(*args, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(os if hasattr(os, name) else socketfile, name, die)
+fdshare.Listener(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("where", ["mkdir", "fchmod", "link", "rmdir", "_drop_old"])
+def test_what_a_killed_start_leaves_is_swept_by_the_next(path: str, where: str) -> None:
+    directory = os.path.dirname(path)
+    if where == "_drop_old":
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(path)
+    killed = subprocess.run([sys.executable, "-c", KILLED, path, where], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert any(name.startswith(".sock-") for name in os.listdir(directory))
+    if where == "rmdir":  # it had its place, and is dead
+        assert os.path.exists(path)
+    Listener(path).close()
+    assert os.listdir(directory) == []
+
+
+def test_only_what_is_nobodys_is_swept(path: str) -> None:
+    """Not what another start holds, nor what belongs to others or only looks alike."""
+    import fcntl
+
+    directory = Path(path).parent
+    for name in (".sock-0123abcd", ".sock-0123abce", ".sock-0123abcde", ".other-0123abcd"):
+        (directory / name).mkdir(0o700)
+    (directory / ".sock-0123abcf").symlink_to(directory / ".other-0123abcd")
+    (directory / ".sock-0123abce").chmod(0o755)  # others may be in it
+    held = os.open(directory / ".sock-0123abcd", os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        place = socketfile._Place(path, str(directory), "sock", os.open(directory, os.O_RDONLY))
+        try:
+            for name in place.private_ones():
+                socketfile._sweep(place, name)
+        finally:
+            os.close(place.parent)
+        left = {".sock-0123abcd", ".sock-0123abce", ".sock-0123abcde", ".other-0123abcd", ".sock-0123abcf"}
+        assert set(os.listdir(directory)) == left
+    finally:
+        os.close(held)
+
+
+class Interrupt(KeyboardInterrupt):
+    pass
+
+
+def _interrupted(path: str, stale: bool) -> int:
+    """Interrupt a start at every step of it; return how many there were."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    signal.signal(signal.SIGUSR1, interrupt)
+    directory, step, done = os.path.dirname(path), 0, False
+    before = len(open_numbers())
+    while not done:
+        step += 1
+        if stale:
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(path)
+        left = step
+
+        def count(frame: Any, event: str, arg: object) -> None:
+            nonlocal left
+            if event in ("call", "c_return") and "fdshare" in frame.f_code.co_filename:
+                if any(one.f_code.co_name == "__del__" for one in (frame, frame.f_back)):
+                    return  # what is raised there is lost
+                left -= 1
+                if not left:
+                    sys.setprofile(None)
+                    os.kill(os.getpid(), signal.SIGUSR1)
+
+        listener = None
+        sys.setprofile(count)
+        try:
+            listener = Listener(path)
+            sys.setprofile(None)
+            done = True
+        except Interrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+            if listener is not None:
+                listener.close()
+        gc.collect()
+        assert len(open_numbers()) == before, step
+        assert [name for name in os.listdir(directory) if name != "sock"] == [], step
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    return step
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("stale", [False, True])
+def test_interrupt_at_any_step_leaves_nothing(path: str, stale: bool) -> None:
+    import warnings
+
+    def run() -> int:
+        warnings.simplefilter("ignore", ResourceWarning)
+        return _interrupted(path, stale)
+
+    assert run() > 20
+
+
+# names in others' directories
+
+
+@needs_root
+@requires_seqpacket
+def test_stranger_who_exchanges_names_gets_nothing_changed(
+    public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root listens in his directory: after each call he puts his link in the place of what it has made."""
+    os.chmod(public, 0o755)
+    os.chown(public, NOBODY, NOBODY)
+    victims = tmp_path / "victims"
+    victims.mkdir(0o711)
+    (victims / "sock").touch(0o600)
+    (victims / "victim").touch(0o600)
+
+    def exchanging(function: Any) -> Any:
+        def wrapper(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
+            for name in os.listdir(public):
+                found = os.lstat(public / name)
+                if name.startswith(".sock-") and stat.S_ISDIR(found.st_mode) and found.st_uid == 0:
+                    os.rename(public / name, public / f"moved{len(os.listdir(public))}")
+                    os.symlink(victims, public / name)
+            return result
+
+        return wrapper
+
+    for name in ("mkdir", "open", "fchmod", "chmod", "stat"):
+        monkeypatch.setattr(os, name, exchanging(getattr(os, name)))
+    try:
+        Listener(str(public / "sock"), mode=0o666).close()
+    except OSError:
+        pass
+    monkeypatch.undo()
+    assert sorted(os.listdir(victims)) == ["sock", "victim"]
+    for name, mode in (("sock", 0o600), ("victim", 0o600), (".", 0o711)):
+        assert stat.S_IMODE(os.stat(victims / name).st_mode) == mode
 
 
 # long paths

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import select
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -34,8 +35,8 @@ from fdshare.codec import Codec, Incoming, Outgoing, raise_undecodable
 from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle
 from fdshare.handlers import is_from_handler
-from fdshare.inflight import DEFAULT_MAX_INFLIGHT
-from fdshare.transport import DRAIN_SECONDS, other_threads
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT, DRAIN_SECONDS
+from fdshare.transport import other_threads
 from fdshare.transports import StreamTransport
 
 __all__ = ["AsyncChannel", "Pipe"]
@@ -302,9 +303,12 @@ class AsyncChannel(AsyncEnd):
                 await self._send_packet(waits, b"", out.payload, ())
                 return
         header, payload, parts = plan = packets.plan(out, type, inline, wire.nonce())
+        if fds or parts is not None:
+            await self._patiently(waits, partial(transport.untaken.make_room, len(fds) + (parts is not None)))
         if parts is None:
             if out.announced:
                 await self._send_step(waits, [wire.pack(*header), *payload], fds)
+                transport.untaken.note(len(fds))
             else:
                 await self._with_bundle(waits, header, payload, fds)
             return
@@ -337,10 +341,12 @@ class AsyncChannel(AsyncEnd):
     ) -> None:
         if len(fds) <= wire.MAX_FDS_PER_PACKET:
             await self._send_packet(waits, wire.pack(*header), payload, fds)
-            return
-        header = header._replace(flags=header.flags | wire.BUNDLE)
-        with await self._patiently(waits, partial(self._transport.bundle, fds)) as bundle:
-            await self._send_packet(waits, wire.pack(*header), payload, [bundle.fileno()])
+        else:
+            header = header._replace(flags=header.flags | wire.BUNDLE)
+            with await self._patiently(waits, partial(self._transport.bundle, fds)) as bundle:
+                await self._send_packet(waits, wire.pack(*header), payload, [bundle.fileno()])
+        if fds:
+            self._transport.untaken.note(len(fds))
 
     async def _send_packet(self, waits: Waits, header: bytes, payload: list[Any], fds: Sequence[int]) -> None:
         transport = self._transport
@@ -387,7 +393,7 @@ class AsyncChannel(AsyncEnd):
                 return function(deadline)
             except Blocked as blocked:
                 events = blocked.events
-            if events:
+            if events != select.POLLHUP:
                 await waits.writable()
                 self._credit = BURST
             else:  # descriptors in flight have to drain
@@ -405,6 +411,7 @@ def Pipe(  # noqa: N802 -- the name of multiprocessing's
     transport: str | None = None,
     codec: Codec | None = None,
     max_inflight: int = DEFAULT_MAX_INFLIGHT,
+    max_untaken: int | None = None,
 ) -> tuple[AsyncChannel, AsyncChannel]:
     """Return the two ends of a new connection; arguments are those of ``fdshare.Pipe``.
 
@@ -412,5 +419,7 @@ def Pipe(  # noqa: N802 -- the name of multiprocessing's
         ValueError: unknown transport.
         OSError: no descriptors left, or the system lacks the transport.
     """
-    first, second = SyncPipe(duplex, transport=transport, codec=codec, max_inflight=max_inflight)
+    first, second = SyncPipe(
+        duplex, transport=transport, codec=codec, max_inflight=max_inflight, max_untaken=max_untaken
+    )
     return AsyncChannel(first), AsyncChannel(second)

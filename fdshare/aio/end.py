@@ -23,7 +23,7 @@ BURST = 64
 class AsyncEnd(Held):
     """One end of a connection in an event loop."""
 
-    _input = OnFirstUse(lambda end: _input_of(end.fileno()))
+    _input = OnFirstUse(lambda end: _input_of(end._transport.sock.fileno()))
 
     def __init__(self, channel: Channel | AsyncEnd) -> None:
         if isinstance(channel, AsyncEnd):
@@ -48,7 +48,8 @@ class AsyncEnd(Held):
         return pass_on(self._inner, Channel)
 
     def _make_waits(self) -> Waits:
-        return AsyncioWaits(self._inner.fileno(), partial(_fetch, self._transport))
+        self._transport.check_open()  # and not fileno(): the number stays here
+        return AsyncioWaits(self._transport.sock.fileno(), partial(_fetch, self._transport))
 
     # --- the descriptor ---------------------------------------------------------------------------------------------------
 
@@ -83,6 +84,15 @@ class AsyncEnd(Held):
     @max_inflight.setter
     def max_inflight(self, value: int) -> None:
         self._inner.max_inflight = value
+
+    @property
+    def max_untaken(self) -> float:
+        """Most descriptors sent here and not yet taken; infinite where only the system bounds them.  May be set."""
+        return self._inner.max_untaken
+
+    @max_untaken.setter
+    def max_untaken(self, value: float) -> None:
+        self._inner.max_untaken = value
 
     @property
     def peer(self) -> PeerCredentials:

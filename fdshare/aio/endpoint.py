@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import Self
 
@@ -16,8 +17,11 @@ from fdshare.codec import Codec
 from fdshare.credentials import Policy, same_user
 from fdshare.errors import ClosedError
 from fdshare.handle import FdHandle
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 
 __all__ = ["Listener", "connect"]
+
+_log = logging.getLogger("fdshare")
 
 CONNECT_TICK_SECONDS = 0.002
 """How soon a full backlog is tried again: nothing but a blocking connect could wait for it."""
@@ -27,7 +31,13 @@ MAX_CONNECT_TICK_SECONDS = 0.1
 
 
 async def connect(
-    address: Address, *, allow: Policy = same_user, codec: Codec | None = None, transport: str | None = None
+    address: Address,
+    *,
+    allow: Policy = same_user,
+    codec: Codec | None = None,
+    transport: str | None = None,
+    max_inflight: int = DEFAULT_MAX_INFLIGHT,
+    max_untaken: int | None = None,
 ) -> AsyncChannel:
     """Connect to a listener; arguments are those of ``fdshare.connect``, with ``asyncio.timeout`` in place of its timeout.
 
@@ -42,7 +52,15 @@ async def connect(
     while True:
         try:
             return AsyncChannel(
-                endpoint.connect(address, timeout=0.0, allow=allow, codec=codec, transport=transport)
+                endpoint.connect(
+                    address,
+                    timeout=0.0,
+                    allow=allow,
+                    codec=codec,
+                    transport=transport,
+                    max_inflight=max_inflight,
+                    max_untaken=max_untaken,
+                )
             )
         except TimeoutError:
             pass
@@ -57,7 +75,8 @@ class Listener(Held):
 
     Args:
         address: as for ``fdshare.Listener``; or one of those, which is spent.
-        backlog, allow, codec, mode, transport: as for ``fdshare.Listener``; unused where that is given.
+        backlog, allow, codec, mode, transport, max_inflight, max_untaken: as for ``fdshare.Listener``; unused where that
+            is given.
 
     Raises:
         OSError: EADDRINUSE where somebody listens there; what the directory says.
@@ -75,6 +94,8 @@ class Listener(Held):
         codec: Codec | None = None,
         mode: int = 0o600,
         transport: str | None = None,
+        max_inflight: int = DEFAULT_MAX_INFLIGHT,
+        max_untaken: int | None = None,
     ) -> None:
         super().__init__()
         self._credit = BURST
@@ -82,7 +103,14 @@ class Listener(Held):
             address
             if isinstance(address, endpoint.Listener)
             else endpoint.Listener(
-                address, backlog=backlog, allow=allow, codec=codec, mode=mode, transport=transport
+                address,
+                backlog=backlog,
+                allow=allow,
+                codec=codec,
+                mode=mode,
+                transport=transport,
+                max_inflight=max_inflight,
+                max_untaken=max_untaken,
             )
         )
         self._inner._never_block()
@@ -128,14 +156,28 @@ class Listener(Held):
         return self
 
     async def __anext__(self) -> AsyncChannel:
-        """Accept the next peer, until the listener is closed."""
-        try:
-            return await self.accept()
-        except ClosedError:
-            raise StopAsyncIteration from None
+        """Accept the next peer, until the listener is closed; as the blocking one where no descriptor is left.
+
+        Raises:
+            OSError: accepting has failed for good.
+        """
+        pause = endpoint.FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await self.accept()
+            except ClosedError:
+                raise StopAsyncIteration from None
+            except OSError as error:
+                if error.errno not in endpoint.EXHAUSTED:
+                    raise
+                if pause == endpoint.FIRST_PAUSE_SECONDS:
+                    _log.warning("accepting at %r pauses: %s", self.address, error)
+            await self._enter().sleep(pause)
+            pause = min(2 * pause, endpoint.MAX_PAUSE_SECONDS)
 
     def _make_waits(self) -> Waits:
-        return AsyncioWaits(self._inner.fileno(), always)
+        self._inner._check_open()  # and not fileno(): the number stays here
+        return AsyncioWaits(self._inner._door.sock.fileno(), always)
 
     @property
     def address(self) -> str:

@@ -15,7 +15,7 @@ ChannelT = TypeVar("ChannelT", bound=Channel)
 
 
 class Blocked(Exception):
-    """Nothing was done, for want of room in the socket; or, where ``events`` is 0, until some time has passed."""
+    """Nothing was done, for want of room in the socket; or, where ``events`` is POLLHUP, until some time has passed."""
 
     def __init__(self, events: int) -> None:
         super().__init__(events)
@@ -67,6 +67,8 @@ def _renewed(old: Transport) -> Transport:
         new._read_with(new._control)
         if "in_flight" in state:
             new.in_flight._transport = new
+        if "untaken" in state:
+            new.untaken._transport = new
         old.arrived, old.plain = None, False
     recycle.leave(old)
     return new

@@ -9,7 +9,6 @@ close: no more peers --> each handler finds the end after what it has received a
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -22,8 +21,10 @@ from fdshare.aio.channel import AsyncChannel
 from fdshare.aio.endpoint import Listener
 from fdshare.codec import Codec
 from fdshare.credentials import Policy, same_user
+from fdshare.endpoint import EXHAUSTED, FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS
 from fdshare.errors import ClosedError, PeerClosedError
 from fdshare.handle import FdHandle
+from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,11 +36,6 @@ HELLO_SECONDS = 10.0
 
 GRACE_SECONDS = 5.0
 """How long handlers may take to finish after the end, unless told otherwise; service managers kill after 10 to 90."""
-
-FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.01, 1.0
-"""How long the first pause in accepting takes when no descriptor or memory is left, and the longest."""
-
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 Handler = Callable[[AsyncChannel], Awaitable[object]]
 
@@ -118,7 +114,7 @@ class Server:
             except ClosedError:
                 return
             except OSError as error:
-                if error.errno not in _EXHAUSTED:
+                if error.errno not in EXHAUSTED:
                     raise
                 if pause == FIRST_PAUSE_SECONDS:
                     _log.warning("accepting at %r pauses: %s", self.listener.address, error)
@@ -205,6 +201,8 @@ def serve(
     codec: Codec | None = None,
     mode: int = 0o600,
     transport: str | None = None,
+    max_inflight: int = DEFAULT_MAX_INFLIGHT,
+    max_untaken: int | None = None,
     hello_timeout: float = HELLO_SECONDS,
     grace: float = GRACE_SECONDS,
 ) -> Serving:
@@ -218,7 +216,8 @@ def serve(
 
     Args:
         handler: an ``async def`` that takes an AsyncChannel, which is closed when it returns.
-        address, backlog, allow, codec, mode, transport: as for :class:`Listener`, or a listener, which is spent.
+        address, backlog, allow, codec, mode, transport, max_inflight, max_untaken: as for :class:`Listener`, or a listener,
+            which is spent.
         hello_timeout: seconds that a peer may take to say hello; the handler is called only then.
         grace: seconds that handlers may take to finish once the server is closed, before they are cancelled.
 
@@ -230,7 +229,16 @@ def serve(
         listener = (
             address
             if isinstance(address, Listener)
-            else Listener(address, backlog=backlog, allow=allow, codec=codec, mode=mode, transport=transport)
+            else Listener(
+                address,
+                backlog=backlog,
+                allow=allow,
+                codec=codec,
+                mode=mode,
+                transport=transport,
+                max_inflight=max_inflight,
+                max_untaken=max_untaken,
+            )
         )
         return Server(handler, listener, hello_timeout, grace)
 

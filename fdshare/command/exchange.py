@@ -44,8 +44,9 @@ from fdshare.command.arrivals import (
     tell,
 )
 from fdshare.command.ls import counted
-from fdshare.credentials import peer_credentials
-from fdshare.errors import PeerClosedError
+from fdshare.credentials import peer_credentials, same_user
+from fdshare.disposal import dispose
+from fdshare.errors import AccessDeniedError, PeerClosedError
 from fdshare.handle import FdHandle, own, to_socket
 from fdshare.inflight import unread_bytes
 from fdshare.socketfile import remove
@@ -73,12 +74,13 @@ class Meeting:
     """How to find the other side.
 
     ``address`` is a path, ``@name`` for an abstract name, or ``fd:N`` for a listening socket that was inherited; ``timeout`` is
-    in seconds, for each time that the other side is waited for.
+    in seconds, for each time that the other side is waited for.  ``any_user`` is about raw messages at an abstract name.
     """
 
     address: str
     listens: bool
     raw: bool
+    any_user: bool
     transport: str | None
     timeout: float | None
 
@@ -86,6 +88,14 @@ class Meeting:
     def inherited(self) -> int | None:
         """The number of the inherited socket that the address names, if it does."""
         return numbered(self.address)
+
+    def admits(self, sock: socket.socket, name: Any) -> bool:
+        """Whether the other end of a bare socket may take part: where a file's mode does not say so, the same user.
+
+        Args:
+            name: of the listening socket, as the kernel gives it; an abstract one is bytes.
+        """
+        return self.any_user or bool(name and isinstance(name, str)) or same_user(peer_credentials(sock))
 
     @property
     def place(self) -> str:
@@ -138,9 +148,15 @@ def _socket(meeting: Meeting) -> Iterator[socket.socket]:
         sock = _connect(
             meeting, lambda left: connected_socket(meeting.place, timeout=left, transport=transport)
         )
-    with sock:
+    try:
+        if not meeting.listens and not meeting.admits(sock, sock.getpeername()):
+            raise AccessDeniedError(
+                errno.EACCES, f"another user listens at {meeting.address}: --any-user talks to that one, too"
+            )
         sock.settimeout(meeting.timeout)
         yield sock
+    finally:
+        dispose(sock, alone=False)
 
 
 def _accept_raw(meeting: Meeting, transport: str) -> socket.socket:
@@ -155,12 +171,16 @@ def _accept_raw(meeting: Meeting, transport: str) -> socket.socket:
             _note(f"listening at {meeting.address}")
             while fdshare.wait([listener], _left(deadline)):
                 try:
-                    return listener.accept()[0]
+                    sock, _ = listener.accept()
                 except (
                     BlockingIOError,
                     ConnectionAbortedError,
                 ):  # another process was faster, or it has gone again
                     continue
+                if meeting.admits(sock, listener.getsockname()):
+                    return sock
+                _note(f"another user has come to {meeting.address}, and was refused")
+                dispose(sock, alone=True)
     finally:
         if identity is not None:
             remove(os.path.abspath(meeting.place), identity)

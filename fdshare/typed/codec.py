@@ -64,7 +64,8 @@ class TypedCodec:
             for two each, a dict for two, a combination of flags for five.
         max_depth: most levels of nesting in one message; at most 250.
         max_fds: most descriptors of one message, both ways, unless the next two say otherwise.
-        send_fds, recv_fds: most descriptors of one message, sent and received; 0 for none at all.
+        send_fds, recv_fds: most descriptors of one message, sent and received.  With ``recv_fds=0`` none at all can come, and a
+            message of more than 64 KiB neither, as it would come in a segment, which is one.
 
     Raises:
         ImportError: msgspec is not installed.
@@ -106,7 +107,9 @@ class TypedCodec:
         self.name: str = f"typed:{hashlib.sha256(self._schema.text.encode()).hexdigest()[:32]}"
         """What both ends must agree on: a hash of the classes, their fields and types."""
         self._nothing = Receiving(NO_HANDLES, self)
-        self.limits = Limits(self.max_bytes, self.recv_fds if self._schema.descriptors else 0)
+        self.limits = Limits(
+            self.max_bytes, self.recv_fds if self._schema.descriptors else 0, none=not self.recv_fds
+        )
         """What a channel checks on the header of each packet."""
 
     def encode(self, obj: Any) -> bytes | Outgoing:
