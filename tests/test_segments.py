@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 
@@ -164,6 +165,7 @@ def test_segment_that_is_missing_is_an_error(transport: str, segments: str) -> N
 
 def _under_a_limit_of_files(size: int) -> str:
     """Send ``size`` bytes twice, as in a flow, where files may have 1.5 MiB and the kernel kills who writes more."""
+    sys.dont_write_bytecode = True  # what is imported under the limit may not be compiled yet
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 19, resource.RLIM_INFINITY))
     a, b = fdshare.Pipe()
@@ -191,6 +193,7 @@ def test_a_message_over_the_limit_of_files_is_refused_by_its_name() -> None:
 
 
 def _shared_things_under_a_limit_of_files() -> None:
+    sys.dont_write_bytecode = True  # what is imported under the limit may not be compiled yet
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     for make in (fdshare.Lock, lambda: fdshare.SharedMemory(2000)):
