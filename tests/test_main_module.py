@@ -45,9 +45,15 @@ def guarded(x):
     with lock:
         return x
 
+def prepare(pair):
+    double.prepared = pair.sum
+
+def prepared():
+    return getattr(double, "prepared", None)
+
 def in_pool(method):
     context = mp.get_context(method)
-    with fdshare.ProcessPoolExecutor(1, context) as pool:
+    with fdshare.ProcessPoolExecutor(1, context, initializer=prepare, initargs=(Pair(1, 1),)) as pool:
         assert pool.submit(double, 21).result(30) == 42
         assert pool.submit(double, 22).result(30) == 44
         assert list(pool.map(double, [1, 2], chunksize=2)) == [2, 4]
@@ -56,6 +62,7 @@ def in_pool(method):
         assert pool.submit(is_mine, Pair(1, 2)).result(30)
         if method == "fork":  # by name
             assert pool.submit(guarded, 21).result(30) == 21
+            assert pool.submit(prepared).result(30) == 2
 
 def over_channel(method):
     here, there = fdshare.Pipe()
@@ -124,3 +131,71 @@ def test_functions_and_classes_of_the_main_module(kind: str, method: str, tmp_pa
     }[kind]
     done = run(*arguments, method, folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+FROM_STDIN = """
+import multiprocessing as mp
+import fdshare
+
+def double(x):
+    return 2 * x
+
+class Thing:
+    pass
+
+def prepare(thing):
+    assert type(thing).__name__ == "Thing"
+
+for method in ("spawn", "forkserver", "fork"):
+    context = mp.get_context(method)
+    with fdshare.ProcessPoolExecutor(1, context, initializer=prepare, initargs=(Thing(),)) as pool:
+        print(pool.submit(double, 21).result(30), type(pool.submit(Thing).result(30)) is Thing)
+"""
+
+
+@pytest.mark.parametrize("way", ["stdin", "-c"])
+def test_script_without_a_file(way: str, tmp_path: Path) -> None:
+    arguments, script = ([], FROM_STDIN) if way == "stdin" else (["-c", FROM_STDIN], None)
+    done = run(*arguments, folder=tmp_path, script=script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "42 True\n" * 3, "")
+
+
+UNGUARDED = {
+    "plain": "pool = fdshare.ProcessPoolExecutor(1, context)\nprint(pool.submit(double, 21).result(30))",
+    "block": "with fdshare.ProcessPoolExecutor(3, context) as pool:\n    print(list(pool.map(double, range(9))))",
+    "exits": """
+def main():
+    try:
+        fdshare.ProcessPoolExecutor(1, context).submit(double, 21).result(30)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+    return 0
+sys.exit(main())
+""",
+    "standard": "fdshare.ProcessPoolExecutor(1, context, restart_workers=False).submit(double, 21).result(30)",
+    "start_method": "mp.set_start_method(sys.argv[1])\nfdshare.ProcessPoolExecutor(1).submit(double, 21).result(30)",
+}
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("kind", UNGUARDED)
+def test_missing_guard_is_one_error_that_names_it(kind: str, method: str, tmp_path: Path) -> None:
+    start = f"import multiprocessing as mp, sys, fdshare\ncontext = mp.get_context({method!r})\n"
+    (tmp_path / "tool.py").write_text(start + "def double(x):\n    return 2 * x\n" + UNGUARDED[kind])
+    done = run("tool.py", method, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+
+
+def test_main_module_that_fails_elsewhere_says_so_once(tmp_path: Path) -> None:
+    (tmp_path / "tool.py").write_text(
+        "import multiprocessing as mp, fdshare\n"
+        "if __name__ != '__main__':\n    raise ValueError('not here')\n"
+        "fdshare.ProcessPoolExecutor(1, mp.get_context('spawn')).submit(print).result(30)\n"
+    )
+    done = run("tool.py", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("ValueError: not here") == 1
+    assert "its traceback is above" in done.stderr.splitlines()[-1]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare import system
 from fdshare.errors import FdLimitError, TaskTimeoutError
+from fdshare.pool import birth
 from fdshare.pool.errors import WorkerDiedError, manner
 
 if TYPE_CHECKING:
@@ -158,7 +159,9 @@ class Undertaker:
         if not worker.ready:
             self._startup_deaths += 1
             self._startup_exits += exitcode in range(255)
-        if not pool.restart and worker.error is None:
+        if not worker.ready and exitcode in birth.REASONS:  # the next would do the same
+            pool.broken = BrokenProcessPool(birth.REASONS[exitcode])
+        elif not pool.restart and worker.error is None:
             pool.broken = BrokenProcessPool(
                 f"A child process terminated abruptly ({manner(exitcode)}), the process pool is not usable anymore"
             )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare import locks, parcel
 from fdshare.errors import FdLimitError
+from fdshare.pool import birth
 from fdshare.pool.backlog import LARGE
 from fdshare.pool.leading import STREAK, Leaders
 from fdshare.pool.starting import Starter, limit_told
@@ -350,6 +351,8 @@ class Pool(Leaders):
         with self.launching, limit_told():
             if self.manager is not None:
                 return
+            if not self.forks:
+                birth.check_importing()
             with self.lock:
                 self.check_open()
             manager = Manager(self)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare import rights
 from fdshare.errors import FdLimitError
+from fdshare.pool import birth
 from fdshare.pool import worker as process_side
 from fdshare.pool.life import LifeLine
 from fdshare.pool.started import Started, start
@@ -127,7 +128,10 @@ class Starter:
 
     def _make(self, context: Any, *ends: Any) -> Any:
         arguments = (*ends, self._setup, self._max_tasks, self._fragile)
-        return context.Process(target=process_side.main, args=arguments)
+        process = context.Process(target=process_side.main, args=arguments)
+        if context.get_start_method() != "fork":
+            process._name = birth.WorkerName(process.name)
+        return process
 
     def forget_setup(self) -> None:
         """Let go of the initializer and its arguments."""
@@ -212,12 +216,10 @@ class Setup:
         return self.function(*self.arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from multiprocessing.reduction import ForkingPickler
-
         both = self.function, self.arguments
         try:
             # Not pickled twice: what the process is to inherit may be named once.
-            return rebuild_setup, (pickle.loads, bytes(ForkingPickler.dumps(both)))
+            return rebuild_setup, (pickle.loads, birth.pickled(both))
         except Exception:  # noqa: BLE001 -- pickle raises many; as a message it may work, or say why not
             from fdshare.handoff import reduce_outside
 
