@@ -281,7 +281,7 @@ def _is_socket(path: str) -> bool:
 def inherited_socket(
     given: FdHandle | socket.socket | int, backlog: int = DEFAULT_BACKLOG, *, descriptors: bool = True
 ) -> socket.socket:
-    """Take over a listening socket that somebody else has made, and let it not block; where it does not fit it stays as it was.
+    """Take over a listening socket that somebody else has made; where it does not fit it stays as it was.
 
     It listens anew, so that clients see this process's credentials, and no longer those of the service manager.
 
@@ -310,7 +310,6 @@ def inherited_socket(
     sock = to_socket(handle, socket.AF_UNIX, kind, 0)
     try:
         sock.set_inheritable(False)
-        sock.setblocking(False)
         if not descriptors:
             refuse_all(sock)
         sock.listen(backlog)

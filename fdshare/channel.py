@@ -21,7 +21,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from fdshare import packets, recycle, reducers, rights, wire
+from fdshare import packets, reducers, rights, wire
+from fdshare.blocking import TICK_MILLISECONDS, python_threads
 from fdshare.bytemessages import ByteMessages
 from fdshare.choosing import socketpair, transport_of
 from fdshare.closing import Closing
@@ -31,7 +32,7 @@ from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, Outside, to_socket
 from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
-from fdshare.transport import Packet, other_threads
+from fdshare.transport import Packet
 from fdshare.transports import SeqpacketTransport, has_read_ahead
 
 __all__ = ["Channel", "Pipe"]
@@ -40,7 +41,6 @@ _PICKLE = PickleCodec()
 _PICKLE_MARK = wire.PICKLE_MARK
 _NOTICE_MARK = bytes([wire.NOTICE])
 _loads = pickle.loads
-_kept = recycle.kept  # while there are some, a wait must not be endless; see recycle.idly
 _SEND_NOW = rights.SEND_NOW
 
 
@@ -151,30 +151,28 @@ class Channel(ByteMessages, Closing):
         one and that was a KeyboardInterrupt.
         """
         transport = self._transport
-        if timeout is None and transport.plain and not other_threads() and not _kept:
-            if not transport.arrived:
-                try:
-                    for transport.arrived in transport.arrivals:  # noqa: B020 -- an attribute as target
+        if timeout is None and transport.plain and transport.arrived is None and not python_threads():
+            # What came is this call's alone until it says otherwise: threads that C has made may be here too.
+            arrived: Any = None
+            try:
+                if transport.input.poll(TICK_MILLISECONDS):
+                    for arrived in transport.arrivals_now:  # noqa: B007 -- stored without a gap, see transport.py
                         break
-                except OSError as error:
-                    if is_from_handler(error):
-                        raise
-                    return self._recv_slowly(None, wire.MESSAGE)
-            data, ancillary, _, _ = transport.arrived
-            if data and not ancillary and data[0] == _PICKLE_MARK:
-                try:
-                    obj = _loads(data)
-                except Exception as error:  # noqa: BLE001 -- raised again
-                    transport.arrived = None
+                    data, ancillary, _, _ = arrived
+                    if data and not ancillary and data[0] == _PICKLE_MARK:
+                        return _loads(data)
+                    transport.arrived = arrived
+            except KeyboardInterrupt:
+                if arrived is not None:
+                    transport.arrived = arrived  # the message stays for the next call
+                raise
+            except Exception as error:
+                if arrived is not None:
                     raise_undecodable(error)
-                except KeyboardInterrupt:
-                    raise  # and the message stays for the next call
-                except BaseException:
-                    transport.arrived = None
+                if is_from_handler(error):
                     raise
-                transport.arrived = None  # no interrupt can come between this and the caller
-                return obj
-            if not ancillary and data[:1] == _NOTICE_MARK:
+                # closed, or a signal handler receives in the middle of this: the slow path tells
+            if transport.arrived is not None and not ancillary and data[:1] == _NOTICE_MARK:
                 few = transport.receive_few()
                 if few is not None:
                     return self._codec.decode(Incoming(*few))

@@ -28,7 +28,7 @@ from typing import Any
 
 import attrs
 
-from fdshare import reducers, rights, socketfile
+from fdshare import native, reducers, rights, socketfile
 from fdshare.addresses import (
     DEFAULT_BACKLOG,
     Address,
@@ -37,6 +37,7 @@ from fdshare.addresses import (
     inherited_socket,
     listening_socket,
 )
+from fdshare.blocking import TICK_MILLISECONDS, python_threads
 from fdshare.channel import Channel
 from fdshare.closing import Closing
 from fdshare.codec import Codec
@@ -54,8 +55,9 @@ from fdshare.greeting import (
     takes_descriptors,
 )
 from fdshare.handle import FdHandle, Outside, to_socket
+from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
-from fdshare.transport import Transport, other_threads
+from fdshare.transport import Transport
 
 __all__ = ["Listener", "connect"]
 
@@ -86,6 +88,8 @@ class Listener(Closing):
     Args:
         address: the path of the socket, of any length; an abstract name (Linux), which begins with a zero byte; or a listening
             socket that is there already (see :func:`listen_fds`): an FdHandle, a socket or a descriptor, now the listener's.
+            Others may hold it too, so O_NONBLOCK stays as it is: without it, an ``accept`` that another process forestalls in the
+            very moment waits for the next connection, whatever its timeout.
         backlog: connections that wait to be accepted; the system may allow fewer.
         allow: who is admitted: a callable that takes PeerCredentials.  Those who are not are told, and accept goes on.
         codec: how objects become bytes; None for pickle, which is for users who trust each other.
@@ -126,9 +130,7 @@ class Listener(Closing):
             name = os.fsdecode(address)
         try:
             self._start(sock, name, identity, allow, codec, bounds)
-            if not isinstance(address, FdHandle | socket.socket | int):  # what others may hold stays as it is
-                sock.setblocking(True)
-                self._blocks = True
+            if not isinstance(address, FdHandle | socket.socket | int):
                 self._door.forks_when_alone = forks()
         except BaseException:
             sock.close()
@@ -152,10 +154,7 @@ class Listener(Closing):
         self._bounds = bounds
         self._hello = hello_of(codec)
         self._stream = sock.type == socket.SOCK_STREAM
-        self._blocks = False  # whether accept(2) waits
         self._connections = accepted_sockets(sock)
-        self._input = select.poll()
-        self._input.register(sock.fileno(), select.POLLIN)
         self._door = _Door(sock)  # for its way of waiting, and of closing under who waits
 
     # --- accepting ---------------------------------------------------------------------------------------------------------
@@ -173,11 +172,10 @@ class Listener(Closing):
             ClosedError: the listener is closed, also by another thread while this one waited.
             FdLimitError: no descriptor left; who has connected stays queued.
         """
-        if timeout is None and not other_threads():
+        if timeout is None and not python_threads():
             channel = self._accept_alone()
             if channel is not None:
                 return channel
-        self._never_block()
         deadline = None if timeout is None else time.monotonic() + timeout
         late = 0
         while late < MAX_LATE:
@@ -226,32 +224,29 @@ class Listener(Closing):
         return True
 
     def _accept_alone(self) -> Channel | None:
-        """Accept in few steps, while there is no other thread; None where it takes more."""
+        """Accept in few steps; None where nobody comes within a tick, or it takes more."""
         if self._door.closed:
             return None
         try:
-            if not self._blocks:
-                self._input.poll()
+            if not self._door.input.poll(TICK_MILLISECONDS):
+                return None
             for sock in self._connections:  # noqa: B007 -- one of them, stored without a gap
                 break
-        except (OSError, RuntimeError):  # RuntimeError: in a signal handler, inside of another accept
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: in a signal handler, inside of another accept
+            if is_from_handler(error):
+                raise
             return None
         return self._admit(sock)
-
-    def _never_block(self) -> None:
-        """From now on let the kernel wait for nothing: another thread may close the listener, another process may be faster.
-
-        Until then a program of one thread waits in accept(2) itself, which saves a system call for each connection.
-        """
-        if self._blocks:
-            self._blocks = False
-            self._check_open()
-            self._door.sock.setblocking(False)
 
     def _accept_now(self) -> socket.socket | None:
         """Take the next connection; None where another thread or process has taken it, or it is gone."""
         try:
             with self._door._reading:  # close() waits for it, so that the number stays ours
+                if not self._has_one():
+                    return None
                 for sock in self._connections:  # noqa: B007 -- one of them, stored without a gap
                     break
             return sock
@@ -268,6 +263,18 @@ class Listener(Closing):
                 ) from error
             self._check_open()
             raise
+
+    def _has_one(self) -> bool:
+        """Whether accept(2) returns at once.
+
+        A listening socket that somebody else has made may block, and stays as it is, since others hold it: then one looks first.
+        """
+        fd = self._door.sock.fileno()
+        if fd < 0 or not os.get_blocking(fd):
+            return True
+        poll = native.poll()
+        poll.register(fd, native.IN)
+        return bool(poll.poll(0))
 
     def _admit(self, sock: socket.socket) -> Channel | None:
         """Return a channel for a new connection; None where its peer was refused, or has gone."""
@@ -429,7 +436,6 @@ def connect(
 def reduce_listener(listener: Listener, context: reducers.Context) -> reducers.Reduced:
     if listener.closed:
         raise reducers.Refused(listener, "it is closed")
-    listener._never_block()  # for whoever shares it
     path, identity = "", None
     if context.moving:
         context.consume(listener._give_away)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fdshare import packets, recycle, rights, system, wire
+from fdshare.blocking import other_threads
 from fdshare.choosing import socketpair
 from fdshare.codec import Incoming
 from fdshare.errors import DescriptorsLostError, ProtocolError, QueueClosedError
@@ -23,7 +24,7 @@ from fdshare.handle import HandleList, socketpair_of
 from fdshare.inflight import DRAIN_SECONDS, TICK_SECONDS
 from fdshare.rights import Arrived
 from fdshare.sync import Event
-from fdshare.transport import Transport, other_threads
+from fdshare.transport import Transport
 
 __all__ = ["Inlet", "Outlet", "make_pair"]
 
@@ -134,6 +135,11 @@ class Outlet(Transport):
     """The end that is read from."""
 
     name = "queue"
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.arrivals = self._arrivals(0)
+        """What comes, each waited for in the read itself."""
 
     def open_item(self, arrived: Any) -> Incoming:
         """Return the parts of an item that is more than a bare pickle; what came is used up.

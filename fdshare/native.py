@@ -10,9 +10,10 @@ import _socket
 import _thread
 import importlib.util
 import select
+import time
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from socket import socket as Socket  # noqa: N812 -- a class
@@ -25,7 +26,7 @@ else:
         if (cls.__module__, cls.__qualname__) == ("socket", "socket")
     )
 
-__all__ = ["Socket", "allocate_lock", "is_patched", "poll", "start_new_thread"]
+__all__ = ["IN", "Poll", "Socket", "allocate_lock", "is_patched", "make_poll", "poll", "start_new_thread"]
 
 
 def _original(module: types.ModuleType, name: str) -> Any:
@@ -50,8 +51,55 @@ start_new_thread: Callable[[Callable[..., object], tuple[Any, ...]], int] = _ori
 )
 allocate_lock: Callable[[], _thread.LockType] = _original(_thread, "allocate_lock")
 """A thread of the system, for what blocks it whole, and a lock to wait for it with."""
+_select = _original(select, "select")
 
 
 def is_patched() -> bool:
     """Whether waiting lets others of this thread run, who may do anything meanwhile: as beside other threads."""
-    return getattr(select, "poll", None) is not poll
+    return select.select is not _select
+
+
+IN, OUT = select.POLLIN, select.POLLOUT
+
+_TICK_SECONDS = 0.05
+
+
+class Poll(Protocol):
+    """What is needed of a poll object."""
+
+    def register(self, fd: int, eventmask: int, /) -> None:
+        """Look at a descriptor from now on."""
+
+    def poll(self, timeout: float | None = None, /) -> list[tuple[int, int]]:
+        """Wait up to so many milliseconds, None for ever; return the descriptors that have something, and what."""
+
+
+class _Cooperative:
+    """Waits by the ``select`` and ``sleep`` that were put in place, and looks by the system's own poll."""
+
+    def __init__(self) -> None:
+        self._poll = poll()
+        self._readers: list[int] = []
+        self._writers: list[int] = []
+
+    def register(self, fd: int, eventmask: int) -> None:
+        self._poll.register(fd, eventmask)
+        for event, numbers in ((IN, self._readers), (OUT, self._writers)):
+            if eventmask & event:
+                numbers.append(fd)
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        found = self._poll.poll(0)
+        if found or timeout == 0:
+            return found
+        seconds = None if timeout is None or timeout < 0 else timeout / 1000
+        if self._readers or self._writers:
+            select.select(self._readers, self._writers, [], seconds)
+        else:  # for the end of a connection alone
+            time.sleep(_TICK_SECONDS if seconds is None else seconds)
+        return self._poll.poll(0)
+
+
+def make_poll() -> Poll:
+    """Return what waits for descriptors: the whole thread, or, where that is wanted, only its caller."""
+    return _Cooperative() if is_patched() else poll()

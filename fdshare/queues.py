@@ -25,7 +25,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import select
 import socket
 import stat
 import time
@@ -35,7 +34,8 @@ from collections.abc import Iterator
 from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
-from fdshare import packets, recycle, reducers, rights, wire
+from fdshare import native, packets, recycle, reducers, rights, wire
+from fdshare.blocking import python_threads
 from fdshare.codec import Outgoing, PickleCodec, raise_undecodable
 from fdshare.ends import Inlet, Outlet, make_pair
 from fdshare.errors import ClosedError, PeerClosedError, QueueClosedError
@@ -44,7 +44,6 @@ from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.rights import Arrived
 from fdshare.sync import Event
-from fdshare.transport import other_threads
 
 if TYPE_CHECKING:
     from selectors import BaseSelector
@@ -103,7 +102,7 @@ class Queue:
         self._inlet = Inlet(inlet, maxbytes, over)
         # The fast paths; where the end is told by an event, each call looks at that first.
         self._send = inlet.send if over is None else None
-        self._arrivals = self._outlet.arrivals if over is None else None
+        self._arrivals = self._outlet.arrivals if over is None and not native.is_patched() else None
         _queues.add(self)
 
     # --- putting --------------------------------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ class Queue:
             timeout is None
             and self._arrivals is not None
             and not self._left
-            and not (other_threads() or _kept)
+            and not (python_threads() or _kept)
         ):
             data = None
             try:
@@ -239,7 +238,7 @@ class Queue:
                     raise QueueClosedError
                 over = self._over is not None and self._over.is_set()
                 # In the read itself, as there the kernel wakes one for each item.
-                blocks = deadline is None and self._over is None and not _kept
+                blocks = deadline is None and self._over is None and not (_kept or native.is_patched())
                 try:
                     for arrived in self._outlet.arrivals if blocks else self._outlet.arrivals_now:  # noqa: B007
                         break
@@ -280,10 +279,10 @@ class Queue:
         Raises:
             TimeoutError
         """
-        poll = select.poll()
-        poll.register(self._outlet.sock, select.POLLIN)
+        poll = native.make_poll()
+        poll.register(self._outlet.sock.fileno(), native.IN)
         if self._over is not None:
-            poll.register(self._over, select.POLLIN)
+            poll.register(self._over.fileno(), native.IN)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not recycle.poll_idly(poll, left) and left is not None:
             raise TimeoutError("the time is up, and the queue is empty")

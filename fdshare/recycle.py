@@ -33,7 +33,6 @@ import gc
 import math
 import mmap
 import os
-import select
 import time
 import weakref
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from typing import Any, TypeVar
 
 from fdshare import locks, system
 from fdshare.handle import FdHandle, Handles, own
+from fdshare.native import Poll
 
 __all__ = ["give_up", "idly", "kept", "leave", "lease", "most_kept", "poll_idly", "trim_unused"]
 
@@ -288,7 +288,7 @@ def idly(wait: Callable[[float | None], _T], seconds: float | None) -> _T:
     return wait(None if seconds is None else min(seconds, _MOST_MILLISECONDS / 1000))
 
 
-def poll_idly(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:
+def poll_idly(poll: Poll, seconds: float | None) -> list[tuple[int, int]]:
     """Return what ``poll`` finds within ``seconds``, None for ever; see :func:`idly`."""
     if kept:
         return idly(lambda left: poll.poll(_milliseconds(left)), seconds)

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from itertools import starmap
 from typing import Any
 
+from fdshare import native
 from fdshare.disposal import close_later
 from fdshare.errors import DescriptorsLostError, FdLimitError, MessageTooLargeError, ProtocolError
 from fdshare.handle import (
@@ -92,7 +93,7 @@ _BATCH = 1024
 
 
 def _batch_open(numbers: range) -> list[int]:
-    probe = select.poll()
+    probe = native.poll()
     for number in numbers:
         probe.register(number, select.POLLIN)  # macOS looks at nothing where nothing is asked for
     closed = {number for number, found in probe.poll(0) if found & select.POLLNVAL}
@@ -157,16 +158,18 @@ def is_top_free(count: int) -> bool:
         firsts = range(limit - count, limit, _BATCH)
         return not any(_batch_open(range(first, min(first + _BATCH, limit))) for first in firsts)
     size = min(limit, 1 << (count - 1).bit_length())
-    found = _probes.get((limit, size))
+    found = _probes.pop((limit, size), None)  # no two threads may be in one poll object
     if found is None:
-        if len(_probes) >= _MAX_PROBES:
-            _probes.clear()
         numbers = range(limit - size, limit)
-        probe = select.poll()
+        probe = native.poll()
         for number in numbers:
             probe.register(number, select.POLLIN)
-        found = _probes[limit, size] = probe, [(number, select.POLLNVAL) for number in numbers]
-    return found[0].poll(0) == found[1]
+        found = probe, [(number, select.POLLNVAL) for number in numbers]
+    is_free = found[0].poll(0) == found[1]
+    if len(_probes) >= _MAX_PROBES:
+        _probes.clear()
+    _probes[limit, size] = found
+    return is_free
 
 
 _INT_MAX = 2**31 - 1

@@ -17,7 +17,6 @@ Receiving descriptors::
 
 from __future__ import annotations
 
-import _thread
 import errno
 import math
 import os
@@ -29,7 +28,8 @@ from collections.abc import Iterator, Sequence
 from itertools import repeat, starmap
 from typing import Any, NamedTuple, Protocol
 
-from fdshare import locks, memory, recycle, rights, system, wire
+from fdshare import locks, memory, recycle, rights, wire
+from fdshare.blocking import TICK_MILLISECONDS, Waker, wait_beside
 from fdshare.disposal import dispose, forks
 from fdshare.errors import (
     AccessDeniedError,
@@ -41,18 +41,14 @@ from fdshare.errors import (
     ProtocolError,
 )
 from fdshare.firstuse import OnFirstUse
-from fdshare.handle import NO_HANDLES, FdHandle, HandleList, own, own_pipe
+from fdshare.handle import NO_HANDLES, FdHandle, HandleList
 from fdshare.hello import Greeting, Takes
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT, DRAIN_SECONDS, TICK_SECONDS, InFlight, Untaken
+from fdshare.native import IN, Poll, make_poll
 from fdshare.rights import Arrived
 
 __all__ = ["Packet", "Transport"]
 
-CRAMPED_TICK_SECONDS = 0.05
-"""How often a blocked call looks whether its channel was closed when no descriptor is left to be woken by."""
-
-other_threads = _thread._count
-"""How many Python threads there are beside the main one, in 30 ns."""
 
 _fork_count = 0
 
@@ -91,38 +87,11 @@ class Packet(NamedTuple):
     """Its descriptors, all of them, the segment's last."""
 
 
-class Waker:
-    """Ends the poll of a blocked thread from another one."""
-
-    def __init__(self) -> None:
-        if system.HAVE_EVENTFD:
-            self.reader = self.writer = own(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        else:
-            self.reader, self.writer = own_pipe()
-
-    def wake(self) -> None:
-        try:
-            os.write(self.writer.fileno(), (1).to_bytes(8, sys.byteorder))
-        except OSError:
-            pass  # its thread has gone on, or was interrupted before it could say so
-
-    def close(self, *exc: object) -> None:
-        for handle in vars(self).values():  # none, where no descriptor was left for it
-            handle.close()
-
-    def __enter__(self) -> Waker:
-        return self
-
-    __exit__ = __del__ = close  # an interrupt may come before the "with"
-
-
-def _poll(poll: select.poll, deadline: float | None) -> int:
-    ready = recycle.poll_idly(poll, None if deadline is None else deadline - time.monotonic())
-    return ready[0][1] if ready else 0
-
-
-_WITH_CONTROL = repeat((wire.PACKET_SIZE, rights.CONTROL_SIZE, rights.CLOEXEC))
-"""The arguments of every blocking read, for any number of them."""
+def _input_of(sock: socket.socket) -> Poll:
+    """Return what waits for something to read; for one thread at a time."""
+    poll = make_poll()
+    poll.register(sock.fileno(), IN)
+    return poll
 
 
 class Transport:
@@ -146,19 +115,18 @@ class Transport:
     in_flight = OnFirstUse(lambda transport: InFlight(transport, transport._max_inflight))
     untaken = OnFirstUse(lambda transport: Untaken(transport, transport.max_untaken))
     arrivals_now = OnFirstUse(lambda transport: transport._arrivals(rights.NOW))
+    input = OnFirstUse(lambda transport: _input_of(transport.sock))
     _reading = OnFirstUse(lambda transport: locks.make_rlock())
     _writing = OnFirstUse(lambda transport: locks.make_rlock())
 
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         self.sock = sock
-        self.arrivals: Iterator[Any] = starmap(sock.recvmsg, _WITH_CONTROL)
         self._max_inflight = max_inflight
         self._fork_count = _fork_count
         self._wakers: set[Waker] = set()
 
     def _read_with(self, control: int) -> None:
         self._control = control
-        self.arrivals = self._arrivals(0)
         self.__dict__.pop("arrivals_now", None)
 
     def _arrivals(self, flags: int) -> Iterator[Any]:
@@ -220,34 +188,12 @@ class Transport:
         Raises:
             ClosedError: closed by another thread meanwhile.
         """
-        poll = select.poll()
         fd = self.sock.fileno()
         if fd < 0:
             raise ClosedError("this channel was closed")
+        poll = make_poll()
         poll.register(fd, events)
-        if not other_threads():  # only a signal handler could close it under us
-            found = _poll(poll, deadline)
-            self.check_open()
-            return found
-        try:
-            waker = Waker()
-        except OSError:  # no descriptor left: look often instead
-            found = 0
-            while not (found or self.closed or (deadline is not None and time.monotonic() >= deadline)):
-                tick = time.monotonic() + CRAMPED_TICK_SECONDS
-                found = _poll(poll, tick if deadline is None else min(tick, deadline))
-            self.check_open()
-            return found
-        with waker:
-            poll.register(waker.reader.fileno(), select.POLLIN)
-            self._wakers.add(waker)
-            try:
-                self.check_open()
-                found = _poll(poll, deadline)
-            finally:
-                self._wakers.discard(waker)
-        self.check_open()
-        return found
+        return wait_beside(poll, deadline, self._wakers, self.check_open)
 
     def wait_or_raise(self, events: int, deadline: float | None) -> None:
         """Wait as :meth:`wait` does.
@@ -264,9 +210,6 @@ class Transport:
             return
         self.check_open()
         self.closed = True
-        if not other_threads():  # then nobody is in the middle of anything
-            self._close()
-            return
         for waker in tuple(self._wakers):
             waker.wake()
         with self._reading, self._writing:
@@ -393,7 +336,7 @@ class Transport:
             with self._reading:
                 self.check_open()
                 if deadline is None:
-                    self._block_for_a_tick()
+                    self._await_for_a_tick()
                 packet = self._receive_now()
             if packet is not None:
                 return packet
@@ -401,13 +344,18 @@ class Transport:
                 raise TimeoutError("the time is up; nothing was lost")
             self.wait_or_raise(select.POLLIN, deadline)
 
-    def _block_for_a_tick(self) -> None:
-        """Wait for the next packet in the read itself, where that saves the machinery of :meth:`wait`."""
+    def _await_for_a_tick(self) -> None:
+        """Wait for the next packet a short time, without the machinery of :meth:`wait`."""
+        if self.arrived is None:
+            try:
+                self.input.poll(TICK_MILLISECONDS)
+            except RuntimeError:
+                pass  # a signal handler receives in the middle of this
 
     def _receive_now(self) -> Packet | None:
         raise NotImplementedError
 
-    def receive_few(self, now: bool = False) -> tuple[memoryview, HandleList] | None:
+    def receive_few(self) -> tuple[memoryview, HandleList] | None:
         """Receive a small message with some descriptors the short way; None where there is none."""
         return None
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import select
 import socket
-import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import starmap
 from typing import Any
 
-from fdshare import recycle, rights, system, wire
+from fdshare import rights, wire
+from fdshare.blocking import TICK_MILLISECONDS, python_threads
 from fdshare.codec import Outgoing
 from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
@@ -17,16 +21,12 @@ from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.noticed import BUNDLE, Noticed, header_or_none, needed, notice_or_none
 from fdshare.rights import Arrived
-from fdshare.transport import Packet, Transport, other_threads
+from fdshare.transport import Packet, Transport
 
 __all__ = ["SeqpacketTransport", "StreamTransport", "has_read_ahead"]
 
 _PICKLE_MARK = bytes([wire.PICKLE_MARK])
 _NOTICE_MARK = bytes([wire.NOTICE])
-_CAN_TICK = sys.platform == "linux"
-_TICK = system.timeval(0.05)
-"""A timeval of 50 ms: how long it takes at most until a blocked receive notices that another thread has closed its channel."""
-
 MAX_NOTICED = 256
 """Most notices that are read in one go: more than writers share an end."""
 
@@ -92,7 +92,6 @@ class SeqpacketTransport(_Greeted):
 
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
         super().__init__(sock, max_inflight)
-        self._ticks = False  # whether a read ends after a tick
         self._noticed = Noticed()
 
     def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
@@ -153,14 +152,14 @@ class SeqpacketTransport(_Greeted):
         limits = self.limits
         if limits is None or self.greeting is not None or self._noticed or self.arrived is not None:
             return None
-        if (
-            other_threads() or recycle.kept
-        ):  # an endless read must not begin: they may close the channel; see idly
+        if python_threads():
             return None
         try:
-            for self.arrived in self.arrivals:  # noqa: B020 -- see transport.py
+            if not self.input.poll(TICK_MILLISECONDS):
+                return None
+            for self.arrived in self.arrivals_now:  # noqa: B020 -- see transport.py
                 break
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             if is_from_handler(error):
                 raise
             return None
@@ -176,10 +175,10 @@ class SeqpacketTransport(_Greeted):
         self.arrived = None
         return memoryview(data)[wire.HEADER_SIZE :], NO_HANDLES
 
-    def receive_few(self, now: bool = False) -> tuple[memoryview, HandleList] | None:
+    def receive_few(self) -> tuple[memoryview, HandleList] | None:
         """Receive what the notice in ``arrived`` announces the short way; None where it takes the long one.
 
-        Blocking, unless ``now``.  Only while there is no other thread.  Whatever is unusual is left as it is, for ``receive``
+        Only while there is no other thread.  Whatever is unusual is left as it is, for ``receive``
         to go on from there.
         """
         notice = notice_or_none(self.arrived[0])
@@ -192,7 +191,7 @@ class SeqpacketTransport(_Greeted):
         self._noticed.add(notice)
         self.arrived = None
         try:
-            for self.arrived in map(Arrived, self.arrivals_now if now else self.arrivals):  # noqa: B020 -- see transport.py
+            for self.arrived in map(Arrived, self.arrivals_now):  # noqa: B020 -- see transport.py
                 break
         except OSError as error:
             if is_from_handler(error):
@@ -212,22 +211,6 @@ class SeqpacketTransport(_Greeted):
         self._noticed.clear()
         self.plain = self.bare
         return memoryview(data)[wire.HEADER_SIZE :], handles
-
-    def _block_for_a_tick(self) -> None:
-        # Beside other threads, who may close the channel, an endless read must not begin; but a poll with something to
-        # wake it takes 8 us more than a read.  So the read comes first, and the kernel ends it after a tick.
-        if self.arrived is not None or self._noticed or not _CAN_TICK:
-            return
-        if not self._ticks:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TICK)
-            self._ticks = True
-        try:
-            for self.arrived in self.arrivals:  # noqa: B020 -- see transport.py
-                break
-        except OSError as error:
-            if is_from_handler(error):
-                raise
-            # the time is up, or the next step tells
 
     def _receive_now(self) -> Packet | None:
         if self.greeting is not None and not self.greeting.take(self):
@@ -288,7 +271,7 @@ class SeqpacketTransport(_Greeted):
         if noticed.to_map is not None:
             self._prepare(noticed.to_map)
             noticed.to_map = None
-        if not other_threads() and BUNDLE not in noticed and rights.is_top_free(max(noticed)):
+        if not python_threads() and BUNDLE not in noticed and rights.is_top_free(max(noticed)):
             return None
         peeked = self._peek(wire.PACKET_SIZE)
         if peeked is not None:
@@ -368,7 +351,7 @@ class StreamTransport(_Greeted):
     def send(self, header: bytes, payload: Sequence[Any], fds: Sequence[int], deadline: float | None) -> None:
         if self.takes is not None:
             self.takes.check(header, sum(map(len, payload)))
-        with self._writing:
+        with self._turn_to_write(deadline):
             self._send_until(len(self._frame), (), deadline)
             frame = wire.frame(header, list(payload))
             self._frame, self._sent = frame, 0
@@ -383,6 +366,25 @@ class StreamTransport(_Greeted):
                 elif self._sent < len(frame):
                     frame[-1] = 0  # given up: the receiver drops it when the rest has come
                 raise
+
+    @contextmanager
+    def _turn_to_write(self, deadline: float | None) -> Iterator[None]:
+        """Wait for other threads' sends, no longer than the time is; then nobody writes in between.
+
+        Raises:
+            TimeoutError
+        """
+        most = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+        taken = False
+        try:
+            for taken in starmap(self._writing.acquire, ((True, most),)):  # noqa: B007 -- without a gap, see rights.py
+                break
+            if not taken:
+                raise TimeoutError("the time is up, and another thread is sending; nothing was sent")
+            yield
+        finally:
+            if taken:
+                self._writing.release()
 
     def _send_until(self, end: int, fds: Sequence[int], deadline: float | None) -> None:
         while self._sent < end:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from select import POLLIN as _POLLIN
-from select import poll as _poll
 from typing import Any, ClassVar
 
 from fdshare import recycle, reducers
+from fdshare.blocking import TICK_SECONDS, Waker, other_threads
 from fdshare.errors import ClosedError
 from fdshare.handle import FdHandle, Outside
-from fdshare.transport import Waker, other_threads
-from fdshare.waiting import CLOSE_TICK_SECONDS
+from fdshare.native import IN, make_poll
 
 __all__ = ["Kept", "Readable", "Travelling", "keep", "travels"]
 
@@ -127,35 +125,36 @@ class Readable(Travelling):
 
     def _is_readable(self, timeout: float | None) -> bool:
         """Wait until it is, at most ``timeout`` seconds."""
-        poll = _poll()
-        poll.register(self.fileno(), _POLLIN)
+        poll = make_poll()
+        poll.register(self.fileno(), IN)
         if timeout == 0:
             return bool(poll.poll(0))
-        if not other_threads():  # nobody who could close it meanwhile
-            return bool(recycle.poll_idly(poll, timeout))
-        if timeout is not None and timeout <= CLOSE_TICK_SECONDS:
+        if timeout is not None and timeout <= TICK_SECONDS:
             found = bool(recycle.poll_idly(poll, timeout))
         else:
-            found = bool(poll.poll(CLOSE_TICK_SECONDS * 1000)) or self._wait_long(poll, timeout)
+            found = bool(poll.poll(TICK_SECONDS * 1000)) or self._wait_long(poll, timeout)
         self._check_open()
         return found
 
     def _wait_long(self, poll: Any, timeout: float | None) -> bool:
-        """Wait on, beside other threads, after a tick of the timeout; until a close at most."""
-        deadline = None if timeout is None else time.monotonic() + timeout - CLOSE_TICK_SECONDS
+        """Wait on, after a tick of the timeout; until a close at most."""
+        deadline = None if timeout is None else time.monotonic() + timeout - TICK_SECONDS
+        self._check_open()
+        if not other_threads():  # nobody who could close it meanwhile
+            return bool(recycle.poll_idly(poll, None if timeout is None else timeout - TICK_SECONDS))
         try:
             waker = Waker()
         except OSError:  # no descriptor left: look at every tick
             found: object = []
             while not (found or self.closed or (deadline is not None and time.monotonic() >= deadline)):
-                found = poll.poll(CLOSE_TICK_SECONDS * 1000)
+                found = poll.poll(TICK_SECONDS * 1000)
             return bool(found)
         entry = (self._handles[0], waker)
         with waker:
             _waiting.add(entry)
             try:
                 self._check_open()
-                poll.register(waker.reader.fileno(), _POLLIN)
+                poll.register(waker.reader.fileno(), IN)
                 return bool(
                     recycle.poll_idly(
                         poll, None if deadline is None else max(0.0, deadline - time.monotonic())

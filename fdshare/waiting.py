@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import select
 import selectors
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fdshare import recycle
+from fdshare.blocking import TICK_SECONDS, Waker, other_threads
 from fdshare.channel import Channel
 from fdshare.closing import Closing
 from fdshare.errors import ClosedError
 from fdshare.handle import HasFileno, Outside, as_fd
-from fdshare.transport import Waker, other_threads
+from fdshare.native import IN, make_poll
 from fdshare.transports import has_read_ahead
 
 __all__ = ["ChannelSet", "wait"]
-
-CLOSE_TICK_SECONDS = 0.05
-"""From when on a wait beside other threads has what tells it of a close: making that takes 8 us, and most waits are short."""
-
-_KEEPS_CLOSED = not hasattr(selectors.DefaultSelector, "fileno")
-"""Whether what was closed must be taken out: poll reports it for ever, where epoll and kqueue forget it."""
 
 
 def _is_ready(obj: Any) -> bool:
@@ -53,10 +47,10 @@ def wait(objects: Iterable[Any], timeout: float | None = None) -> list[Any]:
     """
     objects = list(objects)
     deadline = None if timeout is None else time.monotonic() + timeout
-    poll = select.poll()
+    poll = make_poll()
     numbers = [as_fd(obj) for obj in objects]
     for number in numbers:
-        poll.register(number, select.POLLIN)
+        poll.register(number, IN)
     while True:
         ready = [obj for obj in objects if isinstance(obj, Channel) and has_read_ahead(obj._transport)]
         if ready:
@@ -82,6 +76,8 @@ class ChannelSet(Closing):
 
     def __init__(self, channels: Iterable[HasFileno] = ()) -> None:
         self._selector = selectors.DefaultSelector()
+        # Whether what was closed must be taken out: poll reports it for ever, where epoll and kqueue forget it.
+        self._keeps_closed = not hasattr(self._selector, "fileno")
         self._numbers: dict[HasFileno, int] = {}
         self._wakers: set[Waker] = set()
         self._touched: list[HasFileno] = []
@@ -141,7 +137,7 @@ class ChannelSet(Closing):
                 raise
             if not found:
                 self._check_open()
-            if _KEEPS_CLOSED:
+            if self._keeps_closed:
                 found = self._without_closed(found)
             ready = [channel for channel in found if _is_ready(channel)]
             if in_hand:
@@ -152,20 +148,20 @@ class ChannelSet(Closing):
 
     def _select(self, timeout: float | None) -> list[HasFileno]:
         """Ask the selector; a close of the set by another thread ends the wait."""
-        if timeout == 0 or not other_threads():
-            return [key.data for key, _ in recycle.idly(self._selector.select, timeout)]
-        if timeout is not None and timeout <= CLOSE_TICK_SECONDS:
+        if timeout is not None and timeout <= TICK_SECONDS:
             return [key.data for key, _ in recycle.idly(self._selector.select, timeout)]
         deadline = None if timeout is None else time.monotonic() + timeout
-        found = self._selector.select(CLOSE_TICK_SECONDS)
+        found = self._selector.select(TICK_SECONDS)
         if found:
             return [key.data for key, _ in found]
         self._check_open()
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not other_threads():  # nobody who could close it meanwhile
+            return [key.data for key, _ in recycle.idly(self._selector.select, left)]
         try:
             waker = Waker()
         except OSError:  # no descriptor left: the caller looks again after this tick
-            return [key.data for key, _ in self._selector.select(CLOSE_TICK_SECONDS)]
+            return [key.data for key, _ in self._selector.select(TICK_SECONDS)]
         with waker:
             number = waker.reader.fileno()
             self._wakers.add(waker)

@@ -15,19 +15,21 @@ from fdshare import (
     AccessDeniedError,
     BytesCodec,
     ClosedError,
+    FdHandle,
     FdLimitError,
     Listener,
     PeerClosedError,
     Pipe,
     ProtocolError,
+    aio,
     connect,
     move,
     users,
 )
+from fdshare.blocking import other_threads
 from fdshare.greeting import PICKLE_ANSWER
 from fdshare.rights import open_numbers
 from fdshare.testing import checked_child, numbered_handle, read_number
-from fdshare.transport import other_threads
 
 
 @pytest.fixture
@@ -166,11 +168,9 @@ def test_no_descriptor_left(path: str) -> None:
     alone(no_descriptor_left, path)
 
 
-def signals(path: str, waits: str) -> None:
+def signals(path: str) -> None:
     """One that returns, one that raises, one whose handler uses the listener, one that closes it."""
     with Listener(path) as listener:
-        if waits == "in poll":
-            listener._never_block()
         did: list[int] = []
 
         def visit() -> None:
@@ -201,33 +201,43 @@ def signals(path: str, waits: str) -> None:
         assert did == [0]
 
 
-@pytest.mark.parametrize("waits", ["in accept", "in poll"])
-def test_signals_while_accepting(path: str, waits: str) -> None:
-    alone(signals, path, waits)
+def test_signals_while_accepting(path: str) -> None:
+    alone(signals, path)
 
 
-def waits_in_the_kernel(path: str) -> None:
-    """Once the listener was shared, or has waited in another way, no accept may block for what others took."""
+def never_blocks(path: str) -> None:
+    """No accept may block for what others took; the flag is there from the start, and nobody's holds changes."""
     with Listener(path) as listener:
-        for _ in range(2):
-            with connect(path), listener.accept():
-                pass
-        assert os.get_blocking(listener.fileno())
+        assert not os.get_blocking(listener.fileno())
         near, far = Pipe()
         with near, far:
             near.send(listener)
             with far.recv() as copy, connect(path):
-                assert not os.get_blocking(copy.fileno())
                 copy.accept().close()
                 assert copy._accept_now() is listener._accept_now() is None
         for timeout in (None, 20.0):
             with connect(path), listener.accept(timeout):
                 pass
-    with Listener(path) as listener:
-        with pytest.raises(TimeoutError):
-            listener.accept(0.0)
         assert not os.get_blocking(listener.fileno())
 
 
-def test_only_a_program_of_one_thread_waits_in_the_kernel(path: str) -> None:
-    alone(waits_in_the_kernel, path)
+def test_no_accept_waits_in_the_kernel(path: str) -> None:
+    alone(never_blocks, path)
+
+
+def inherited_stays_as_it_is(path: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.bind(path)
+        sock.listen()
+        with Listener(FdHandle.dup(sock)) as listener:
+            with connect(path), listener.accept(20.0):
+                pass
+            with pytest.raises(TimeoutError):
+                listener.accept(0.0)
+            assert listener._accept_now() is None
+        aio.Listener(FdHandle.dup(sock)).close()
+        assert os.get_blocking(sock.fileno())
+
+
+def test_no_flag_of_a_listening_socket_that_others_hold_is_written(path: str) -> None:
+    alone(inherited_stays_as_it_is, path)

@@ -39,9 +39,9 @@ from fdshare import (
     QueueClosedError,
     ends,
 )
+from fdshare.blocking import other_threads
 from fdshare.rights import open_numbers
 from fdshare.testing import Child, checked_child, leak_check, numbered_handle, read_number
-from fdshare.transport import other_threads
 
 MIB = 1 << 20
 SOCKETS = ("seqpacket", "dgram")

@@ -16,9 +16,9 @@ from helpers import bare_pair, capture, close_pieces, requires_proc, requires_se
 
 import fdshare
 from fdshare import Channel, ChannelSet, DecodeError, Event, Queue, memory, recycle, wire
+from fdshare.blocking import other_threads
 from fdshare.rights import open_numbers
 from fdshare.testing import Child, checked_child, pattern
-from fdshare.transport import other_threads
 
 MIB = 1 << 20
 SIZE = 4 * MIB

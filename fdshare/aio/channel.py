@@ -29,6 +29,7 @@ from fdshare import inflight, packets, rights, wire
 from fdshare.aio.end import BURST, AsyncEnd
 from fdshare.aio.passing import Blocked
 from fdshare.aio.waiting import Waits
+from fdshare.blocking import python_threads
 from fdshare.channel import Channel
 from fdshare.channel import Pipe as SyncPipe
 from fdshare.codec import Codec, Incoming, Outgoing, raise_undecodable
@@ -36,7 +37,6 @@ from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle
 from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT, DRAIN_SECONDS
-from fdshare.transport import other_threads
 from fdshare.transports import StreamTransport
 
 __all__ = ["AsyncChannel", "Pipe"]
@@ -193,8 +193,8 @@ class AsyncChannel(AsyncEnd):
                         return _loads(data)
                     except Exception as error:  # noqa: BLE001 -- raised again
                         raise_undecodable(error)
-                if not ancillary and data[:1] == _NOTICE_MARK and not other_threads():
-                    few = transport.receive_few(now=True)
+                if not ancillary and data[:1] == _NOTICE_MARK and not python_threads():
+                    few = transport.receive_few()
                     if few is not None:
                         return self._inner._codec.decode(Incoming(*few))
         inner = self._inner

@@ -113,7 +113,6 @@ class Listener(Held):
                 max_untaken=max_untaken,
             )
         )
-        self._inner._never_block()
 
     def __init_subclass__(cls) -> None:
         reducers.known[cls] = reduce_async_listener

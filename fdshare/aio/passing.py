@@ -62,6 +62,7 @@ def _renewed(old: Transport) -> Transport:
         new.sock = to_socket(own(old.sock.detach))
         new.closed = False
         state.pop("_reading", None)
+        state.pop("input", None)
         state.pop("_writing", None)
         new._wakers = set()
         new._read_with(new._control)

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from fdshare import recycle, system
-from fdshare.transport import CRAMPED_TICK_SECONDS
+from fdshare.blocking import TICK_SECONDS
 
 __all__ = ["AsyncioWaits", "InLoop", "Turn", "Waits", "always"]
 
@@ -262,7 +262,7 @@ class _Direction:
         try:
             nested = self._nest() if _sets_nonblocking(loop) else None
         except OSError:  # no descriptor left: look again and again
-            self._unwatch = loop.call_later(CRAMPED_TICK_SECONDS, self._wake).cancel
+            self._unwatch = loop.call_later(TICK_SECONDS, self._wake).cancel
             return
         if self._writing and nested is None:
             loop.add_writer(fd, self._on_event)
