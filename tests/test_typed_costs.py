@@ -6,6 +6,7 @@ import enum
 import gc
 import io
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,25 +57,30 @@ def decode(codec: TypedCodec, cls: type, **values: Any) -> Any:
 
 # --- hashes ---------------------------------------------------------------------------------------------------------------
 
-_ALL = (1 << 64) - 1
-_P1, _P2, _P5 = 11400714785074694791, 14029467366897019727, 2870177450012600261
+_BITS = sys.hash_info.width
+_ALL = (1 << _BITS) - 1
+_TURN, _P1, _P2, _P5 = (
+    (31, 11400714785074694791, 14029467366897019727, 2870177450012600261)
+    if _BITS == 64
+    else (13, 2654435761, 2246822519, 374761393)
+)
 """Of xxHash, by which CPython hashes tuples."""
 
 
 def _rotated(value: int, bits: int) -> int:
-    return (value << bits | value >> (64 - bits)) & _ALL
+    return (value << bits | value >> (_BITS - bits)) & _ALL
 
 
 def clashing_pairs() -> Iterator[list[int]]:
     """Yield pairs whose hashes are one."""
-    wanted = _rotated(0x1234567890ABCDEF * pow(_P1, -1, 1 << 64) & _ALL, 33)
+    wanted = _rotated(0x12345678 * pow(_P1, -1, _ALL + 1) & _ALL, _BITS - _TURN)
     first = 0
     while True:
         first += 1
-        state = _rotated((_P5 + first * _P2) & _ALL, 31) * _P1 & _ALL
-        second = (wanted - state) * pow(_P2, -1, 1 << 64) & _ALL
-        second -= (second >> 63) << 64
-        if -(2**61 - 1) < second < 2**61 - 1 and second != -1:
+        state = _rotated((_P5 + first * _P2) & _ALL, _TURN) * _P1 & _ALL
+        second = (wanted - state) * pow(_P2, -1, _ALL + 1) & _ALL
+        second -= (second >> (_BITS - 1)) << _BITS
+        if abs(second) < sys.hash_info.modulus and second != -1:
             yield [first, second]
 
 

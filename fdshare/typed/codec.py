@@ -104,6 +104,7 @@ class TypedCodec:
         self._wrong: type[Wrong] = Wrong
         self._always_scan = self._schema.recursive
         self._counted = self._schema.counted
+        self._no_cost = Cost(self.max_items)
         self.name: str = f"typed:{hashlib.sha256(self._schema.text.encode()).hexdigest()[:32]}"
         """What both ends must agree on: a hash of the classes, their fields and types."""
         self._nothing = Receiving(NO_HANDLES, self)
@@ -119,7 +120,7 @@ class TypedCodec:
             NotSendableError: it is none of the classes, or something in it is not of its declared type; says what and where.
             MessageTooLargeError: over a bound.
         """
-        sending = Sending(self, Cost(self.max_items))
+        sending = Sending(self, Cost(self.max_items) if self._counted else self._no_cost)
         try:
             data = self._encode(obj, sending)
         except BaseException:
