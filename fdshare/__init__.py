@@ -18,6 +18,8 @@ from fdshare.errors import (
     PeerClosedError,
     ProtocolError,
     QueueClosedError,
+    QueueEmptyError,
+    QueueFullError,
     SealError,
     TaskTimeoutError,
 )
@@ -119,6 +121,8 @@ __all__ = [
     "ProtocolError",
     "Queue",
     "QueueClosedError",
+    "QueueEmptyError",
+    "QueueFullError",
     "SealError",
     "Semaphore",
     "SharedMemory",

@@ -7,10 +7,12 @@ bounds the items of all producers together, with no accounts that could get out 
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import select
 import socket
 import sys
+import termios
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +23,13 @@ from fdshare.choosing import socketpair
 from fdshare.codec import Incoming
 from fdshare.errors import DescriptorsLostError, ProtocolError, QueueClosedError
 from fdshare.handle import HandleList, socketpair_of
+from fdshare.handlers import is_from_handler
 from fdshare.inflight import DRAIN_SECONDS, TICK_SECONDS
 from fdshare.rights import Arrived
 from fdshare.sync import Event
 from fdshare.transport import Transport
 
-__all__ = ["Inlet", "Outlet", "make_pair"]
+__all__ = ["Inlet", "Outlet", "make_pair", "time_limit"]
 
 HAVE_SEQPACKET = system.HAVE_SEQPACKET
 """Whether SEQPACKET is used; read at each use, so that tests can switch it off."""
@@ -39,6 +42,12 @@ CLOSED_TICK_SECONDS = 0.02
 
 _PASSING = (errno.ETOOMANYREFS, errno.ENOBUFS)
 """What a writer waits for until it has passed, beside room."""
+
+_SO_PEEK_OFF = 42
+"""At which byte of all that is unread a peek begins; Python has no name for it."""
+
+_LOOK = rights.NOW | rights.PEEK | socket.MSG_TRUNC
+"""Leaves the packet where it is, and tells all its length."""
 
 _RESERVE = 64
 """Bytes below the send buffer that no padded packet exceeds: the kernel refuses what leaves it less than 32."""
@@ -114,6 +123,12 @@ class Inlet(Transport):
             if not found and deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError(f"the queue has {self._maxbytes} bytes; nothing was put")
 
+    def is_full(self) -> bool:
+        """Whether the next put would wait; raises ClosedError."""
+        unread = self.in_flight.unread()
+        # Of no use where the kernel does not tell; POLLOUT, on Linux, means that three quarters are free.
+        return unread >= self.capacity if unread else not self.wait(select.POLLOUT, time.monotonic())
+
 
 def _earlier(first: float | None, second: float | None) -> float | None:
     if first is None or second is None:
@@ -140,6 +155,45 @@ class Outlet(Transport):
         super().__init__(sock)
         self.arrivals = self._arrivals(0)
         """What comes, each waited for in the read itself."""
+
+    def is_empty(self) -> bool:
+        """Whether no item lies in the socket, or it is closed."""
+        # No peek, which would begin where another process's count() has set it.
+        buffer = bytearray(4)
+        try:
+            fcntl.ioctl(self.sock, termios.FIONREAD, buffer)
+        except (OSError, ValueError) as error:
+            if is_from_handler(error):
+                raise
+        return not any(buffer)
+
+    def count(self) -> int:
+        """Return how many items lie in the socket, by a look at each; others may take and put meanwhile.
+
+        Raises:
+            NotImplementedError: the system cannot look beyond the first.
+        """
+        if sys.platform != "linux":
+            raise NotImplementedError("only Linux looks at more than the first item of a queue: ask empty()")
+        if self.is_empty():
+            return 0
+        sock, items, place, byte = self.sock, 0, 0, bytearray(1)
+        try:
+            while True:
+                # At each step, as the place belongs to all who share the socket.
+                sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, place)
+                size = sock.recv_into(byte, 1, _LOOK)
+                if not size:  # the queue was closed
+                    return items
+                place += size
+                items += 1
+        except OSError as error:  # no more, or closed by another thread
+            if is_from_handler(error):
+                raise
+            return items
+        finally:
+            if sock.fileno() >= 0:
+                sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
 
     def open_item(self, arrived: Any) -> Incoming:
         """Return the parts of an item that is more than a bare pickle; what came is used up.
@@ -203,3 +257,10 @@ def make_pair(maxbytes: int) -> tuple[socket.socket, socket.socket, Event | None
         if sock.gettimeout() is not None:  # by socket.setdefaulttimeout
             sock.settimeout(None)
     return outlet, inlet, over
+
+
+def time_limit(block: bool | float | None, timeout: float | None) -> float | None:
+    """Return the time limit of a call that may be written as that of queue.Queue, or with a timeout alone."""
+    if timeout is None and not isinstance(block, bool):
+        return block
+    return timeout if block else 0.0

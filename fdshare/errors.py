@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import queue
 
 __all__ = [
     "AccessDeniedError",
@@ -25,6 +26,8 @@ __all__ = [
     "PeerClosedError",
     "ProtocolError",
     "QueueClosedError",
+    "QueueEmptyError",
+    "QueueFullError",
     "SealError",
     "TaskTimeoutError",
 ]
@@ -50,16 +53,24 @@ class PeerClosedError(FdShareError, BrokenPipeError, EOFError):
         )
 
 
-class QueueClosedError(ClosedError, PeerClosedError):
+class QueueClosedError(ClosedError, PeerClosedError, ValueError):
     """Somebody closed the queue: nothing can be put any more, and what was in it was taken (errno EPIPE).
 
-    A queue has no other side, so this is both of its bases.
+    A queue has no other side, so this is an error of both; a ValueError is what ``multiprocessing.Queue`` raises.
     """
 
     def __init__(self, *args: object) -> None:
         super().__init__(
             *(args if len(args) == 2 else (errno.EPIPE, args[0] if args else "the queue was closed"))
         )
+
+
+class QueueEmptyError(FdShareError, TimeoutError, queue.Empty):
+    """Nothing came in time, or nothing was there and no waiting was asked for."""
+
+
+class QueueFullError(FdShareError, TimeoutError, queue.Full):
+    """The queue stayed full, or was full and no waiting was asked for; nothing was put."""
 
 
 class NotSendableError(FdShareError, TypeError, pickle.PicklingError):

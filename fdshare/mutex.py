@@ -25,20 +25,44 @@ import fcntl
 import os
 import secrets
 import struct
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import repeat, starmap
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fdshare import locks, memory, system
+from fdshare import holders, locks, memory, system
 from fdshare.errors import DecodeError
 from fdshare.handle import own
+from fdshare.handlers import is_from_handler
+from fdshare.pthread import (
+    DIED,
+    PAGE_SIZE,
+    PROCESS_SHARED,
+    ROBUST,
+    THREAD,
+    WAITERS,
+    Mapping,
+    layout_name,
+    the_library,
+)
 from fdshare.travelling import Kept, keep
 
-__all__ = ["BUSY", "LOST", "OWNER_DIED", "FileMutex", "Mutex", "RobustMutex", "make_mutex", "open_mutex"]
+if TYPE_CHECKING:
+    from ctypes import c_uint32
+
+__all__ = [
+    "BUSY",
+    "FOREIGN",
+    "LOST",
+    "OWNER_DIED",
+    "FileMutex",
+    "Mutex",
+    "RobustMutex",
+    "make_mutex",
+    "open_mutex",
+]
 
 BUSY = errno.EBUSY
 OWNER_DIED: int = getattr(errno, "EOWNERDEAD", 130)  # absent where there are no robust mutexes
@@ -65,6 +89,20 @@ class Mutex:
 
     signals: float | None = None
     """Seconds that the main thread, which runs signal handlers, may wait at a time; None where a wait returns for a signal."""
+    looks: float | None = None
+    """Seconds that any thread may wait before it looks whether the mutex is forsaken; None where it never is."""
+
+    def is_foreign(self) -> bool:
+        """Whether this process cannot use it, as it is in another PID namespace."""
+        return False
+
+    def is_forsaken(self) -> bool:
+        """Whether the holder is gone, and the kernel has not noticed: then it is free from now on."""
+        return False
+
+    def is_held(self) -> bool:
+        """Whether somebody is inside; raises NotImplementedError where that cannot be told."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Let go of what this process opened to reach it; nobody of this process is inside."""
@@ -78,9 +116,6 @@ class Mutex:
 HAVE_ROBUST = True
 """Whether robust mutexes may be used where they are there; read at each use, so that tests can switch it off."""
 
-PAGE_SIZE = 4096
-"""Bytes of the memory file: the least that can be mapped."""
-
 _MAGIC = b"fdshare lock 1\0\0"
 _MUTEX_AT = 128
 """Where in the page the mutex lies: behind the magic number and the layout's name.  What is left is more than any
@@ -90,127 +125,58 @@ _SEALS: int = (
     fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if memory.HAVE_MEMFD else 0
 )  # typeshed knows them on Linux only
 
+_NAMESPACE = struct.Struct("=Q")
+_NAMESPACE_AT = 96
+"""Where in the page stands the PID namespace that it was made in; see holders.py."""
+
+LOOK_SECONDS, LAST_LOOK_AFTER_SECONDS = 0.5, 8.0
+"""How long the same holder is waited for before it is looked at closely, and at most between two such looks: each reads all
+that the holder's process has mapped."""
+
 SIGNAL_SECONDS = 0.05
 """How long the main thread waits in the kernel at a time: no C function of pthread returns for a signal."""
-
-_ROBUST = _PROCESS_SHARED = 1  # of glibc, musl and FreeBSD alike
-_MONOTONIC = 1 if sys.platform == "linux" else 4
-_MAP_SHARED = 1
-_READ_WRITE = 3
-
-
-def _layout_name() -> bytes:
-    """Name the layout of a mutex: two processes can only share one if their C libraries agree on it."""
-    try:
-        library = (os.confstr("CS_GNU_LIBC_VERSION") or "other").split(" ")[0]
-    except (ValueError, OSError):
-        library = "other"
-    return f"{sys.platform} {library} {struct.calcsize('P')}".encode()[:63].ljust(64, b"\0")
-
-
-class _Library:
-    """The C functions, found once.
-
-    Raises:
-        ImportError: this Python has no ctypes.
-        AttributeError: this system has no robust mutexes.
-    """
-
-    def __init__(self) -> None:
-        import ctypes
-
-        def typed(function: Any, *arguments: Any) -> Any:
-            function.argtypes = arguments
-            function.restype = ctypes.c_int
-            return function
-
-        # PyDLL keeps the interpreter's lock: right for what never waits, and the faster of the two.
-        quick, slow = ctypes.PyDLL(None), ctypes.CDLL(None)
-        self.pointer = pointer = ctypes.c_void_p
-        self.trylock = typed(quick.pthread_mutex_trylock, pointer)
-        self.consistent = typed(quick.pthread_mutex_consistent, pointer)
-        self.unlock = typed(quick.pthread_mutex_unlock, pointer)
-        self.lock = typed(slow.pthread_mutex_lock, pointer)
-        self.now: Callable[[], float] = time.monotonic
-        self.clock: tuple[int, ...] = (_MONOTONIC,)
-        try:  # glibc 2.30 and later; others go by a clock that somebody may set
-            self.timed = typed(slow.pthread_mutex_clocklock, pointer, ctypes.c_int, pointer)
-        except AttributeError:
-            self.timed = typed(slow.pthread_mutex_timedlock, pointer, pointer)
-            self.now, self.clock = time.time, ()
-        self.init = typed(quick.pthread_mutex_init, pointer, pointer)
-        self.init_attributes = typed(quick.pthread_mutexattr_init, pointer)
-        self.set_shared = typed(quick.pthread_mutexattr_setpshared, pointer, ctypes.c_int)
-        self.set_robust = typed(quick.pthread_mutexattr_setrobust, pointer, ctypes.c_int)
-        mmap = ctypes.PyDLL(None, use_errno=True).mmap
-        self.mmap = typed(mmap, pointer, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_ssize_t)
-        self.mmap.restype = pointer
-        self.munmap = typed(quick.munmap, pointer, ctypes.c_size_t)
-        self.attributes = ctypes.c_uint64 * 8  # more than any pthread_mutexattr_t takes
-        self.moment = ctypes.c_long * 2
-        self.errno, self.string_at, self.memmove = ctypes.get_errno, ctypes.string_at, ctypes.memmove
-
-
-_library: _Library | None = None
-
-
-def _the_library() -> _Library:
-    global _library
-    if _library is None:
-        _library = _Library()
-    return _library
 
 
 def _is_robust_here() -> bool:
     if not (HAVE_ROBUST and memory.HAVE_MEMFD):
         return False
     try:
-        _the_library()
+        the_library()
     except (ImportError, AttributeError):
         return False
     return True
 
 
-class _Mapping:
-    """The page in this process's memory, until nobody refers to it any more."""
+FOREIGN = "a lock is of use in one PID namespace only: the kernel tells its holders apart by their numbers"
 
-    address: int | None = None
-
-    def __init__(self, library: _Library, fd: int) -> None:
-        self._munmap = library.munmap
-        failed = library.pointer(-1).value
-        for address in starmap(library.mmap, ((None, PAGE_SIZE, _READ_WRITE, _MAP_SHARED, fd, 0),)):
-            if address == failed:
-                raise OSError(library.errno(), f"a lock cannot be mapped: {os.strerror(library.errno())}")
-            self.address = address
-            break
-
-    def __del__(self) -> None:
-        if self.address is not None:
-            self._munmap(self.address, PAGE_SIZE)
+_looking = locks.make_rlock()
+"""Of all mutexes: held while one of them is looked at, which nothing waits long for, and reentrant for a garbage collection."""
 
 
 class RobustMutex(Mutex):
     """A pthread mutex, robust and shared between processes, alone in a sealed memory file.
 
-    It is of the normal kind: the others compare thread numbers, which two PID namespaces may both have.
+    It is of the normal kind: the others compare numbers of threads at every step.  The kernel does at a death, so whoever is
+    killed while it waits gives up what a thread of its number holds.  Two PID namespaces may both have that number, so
+    neither takes a mutex of the other.
     """
 
     kind = "robust"
     signals = SIGNAL_SECONDS
+    looks = LOOK_SECONDS
 
     def __init__(self, fd: int, *, fresh: bool) -> None:
         try:
-            library = self._library = _the_library()
+            library = self._library = the_library()
         except (ImportError, AttributeError) as error:
             raise DecodeError(f"a lock needs robust mutexes and ctypes here too: {error}") from error
-        head = _MAGIC + _layout_name()
+        head = _MAGIC + layout_name()
         if fresh:
             os.ftruncate(fd, PAGE_SIZE)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         else:
             _check_page(fd)
-        self._mapping = _Mapping(library, fd)
+        self._mapping = Mapping(library, fd)
         start = self._mapping.address
         assert start is not None
         self._pointer = pointer = library.pointer(start + _MUTEX_AT)
@@ -218,15 +184,23 @@ class RobustMutex(Mutex):
             attributes = library.attributes()
             for code in (
                 library.init_attributes(attributes),
-                library.set_shared(attributes, _PROCESS_SHARED),
-                library.set_robust(attributes, _ROBUST),
+                library.set_shared(attributes, PROCESS_SHARED),
+                library.set_robust(attributes, ROBUST),
                 library.init(pointer, attributes),
             ):
                 if code:
                     raise OSError(code, f"a lock cannot be made: {os.strerror(code)}")
+            library.memmove(start + _NAMESPACE_AT, _NAMESPACE.pack(holders.namespace()), _NAMESPACE.size)
             library.memmove(start, head, len(head))
         elif library.string_at(start, len(head)) != head:
             raise DecodeError("this is not a lock, or it was made with another C library")
+        (self._namespace,) = _NAMESPACE.unpack(library.string_at(start + _NAMESPACE_AT, _NAMESPACE.size))
+        if self.is_foreign():
+            raise DecodeError(FOREIGN)
+        self._fd = fd  # the Lock's
+        self._inode = os.fstat(fd).st_ino
+        self._word = library.word and library.word.from_address(start + _MUTEX_AT)
+        self._suspect, self._look_at, self._pause = 0, 0.0, LOOK_SECONDS
         arguments = repeat((pointer,))
         self.tries = starmap(library.trylock, arguments)
         self.mends = starmap(library.consistent, arguments)
@@ -236,9 +210,58 @@ class RobustMutex(Mutex):
         library = self._library
         if seconds is None:
             return starmap(library.lock, ((self._pointer,),))
-        end = library.now() + min(seconds, threading.TIMEOUT_MAX)
-        moment = library.moment(int(end), int(end % 1 * 1_000_000_000))
+        moment = library.moment_in(min(seconds, threading.TIMEOUT_MAX))
         return starmap(library.timed, ((self._pointer, *library.clock, moment),))
+
+    def is_foreign(self) -> bool:
+        here = holders.namespace()
+        return bool(here and self._namespace) and here != self._namespace
+
+    def is_held(self) -> bool:
+        if self._word is None:
+            raise NotImplementedError("only glibc's mutexes tell whether they are held")
+        return bool(self._word.value & THREAD) and not self.is_forsaken()
+
+    def is_forsaken(self) -> bool:
+        if self._word is None or not self._namespace or self._namespace != holders.namespace():
+            return False
+        word, holder = self._word, self._word.value & THREAD
+        if not (holder and (holders.is_gone(holder) or self._is_time_to_look(holder))):
+            return False
+        # One at a time, of all threads and processes: between another's look and its verdict a third one might get in.
+        with _looking:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self._free_unless_held(word, holder)
+            except (OSError, ValueError) as error:  # another looks; closed meanwhile
+                if is_from_handler(error):
+                    raise
+                return False
+            finally:
+                if self._fd >= 0:
+                    fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+    def _free_unless_held(self, word: c_uint32, holder: int) -> bool:
+        gone = not holders.is_holder(holder, self._inode)
+        if gone and word.value & (THREAD | DIED) == holder:
+            # As the kernel writes it.  The holder changes it no more, and a waiter is woken for nothing rather than never.
+            word.value = DIED | WAITERS
+        return gone
+
+    def _is_time_to_look(self, holder: int) -> bool:
+        now = time.monotonic()
+        if holder != self._suspect:
+            self._suspect, self._pause = holder, LOOK_SECONDS
+        elif now >= self._look_at:
+            self._pause = min(2 * self._pause, LAST_LOOK_AFTER_SECONDS)
+        else:
+            return False
+        self._look_at = now + self._pause
+        return self._pause > LOOK_SECONDS
+
+    def close(self) -> None:
+        with _looking:  # at no descriptor of somebody else, who may be given the number
+            self._fd = -1
 
     def abandon(self) -> None:
         # The kernel's list of what the thread holds points into the page: it stays mapped.
@@ -326,6 +349,18 @@ class FileMutex(Mutex):
             self._own.close()
             self._own = None
 
+    def is_held(self) -> bool:
+        inside = self._inside
+        if not inside.lock.acquire(blocking=False):
+            return True
+        try:
+            free = self._lock_file(time.monotonic())
+            if free:
+                self._set(fcntl.F_UNLCK, wait=False)
+            return not free
+        finally:
+            inside.lock.release()
+
     def abandon(self) -> None:
         self.close()
         self._inside.thread = 0
@@ -396,8 +431,8 @@ class FileMutex(Mutex):
 
 
 def _after_fork() -> None:
-    global _guard
-    _guard = locks.make_lock()
+    global _guard, _looking
+    _guard, _looking = locks.make_lock(), locks.make_rlock()
     _insides.clear()
     for mutex in list(_file_mutexes):
         mutex.forked()

@@ -44,6 +44,10 @@ _INFO_EXIT = 1 << 3
 _STAT_STATE, _STAT_EXIT_CODE = 0, 49  # proc_pid_stat(5), counted from behind the name
 
 
+_LARGEST_PID = (1 << 31) - 1
+"""What a system call takes, and far more than Linux gives."""
+
+
 class HasPid(Protocol):
     """Anything that stands for a process: ``subprocess.Popen``, ``multiprocessing.Process``, asyncio's."""
 
@@ -82,6 +86,8 @@ class ProcessHandle(Readable, Closing):
             raise TypeError(f"a pid or an object with one, not {type(pid).__name__}")
         if number < 1:
             raise ValueError(f"no process has the number {number}")
+        if number > _LARGEST_PID:
+            raise ProcessLookupError(errno.ESRCH, f"no process has the number {number}")
         handle = keep(own(os.pidfd_open, number))
         # Looked at afterwards: as long as the object had not waited for it, the number was its process's.
         if not isinstance(pid, int) and _seen_end(pid):

@@ -37,8 +37,8 @@ from typing import TYPE_CHECKING, Any
 from fdshare import native, packets, recycle, reducers, rights, wire
 from fdshare.blocking import python_threads
 from fdshare.codec import Outgoing, PickleCodec, raise_undecodable
-from fdshare.ends import Inlet, Outlet, make_pair
-from fdshare.errors import ClosedError, PeerClosedError, QueueClosedError
+from fdshare.ends import Inlet, Outlet, make_pair, time_limit
+from fdshare.errors import ClosedError, PeerClosedError, QueueClosedError, QueueEmptyError, QueueFullError
 from fdshare.handle import Outside, to_socket
 from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
@@ -107,19 +107,20 @@ class Queue:
 
     # --- putting --------------------------------------------------------------------------------------------------------
 
-    def put(self, obj: Any, timeout: float | None = None) -> None:
+    def put(self, obj: Any, block: bool | float | None = True, timeout: float | None = None) -> None:
         """Put one object in, with every descriptor in it; it is the kernel's when this returns.
 
         Descriptors are duplicated to whoever gets it; inside ``fdshare.move`` they are given away.
 
         Args:
             obj: what a channel sends.
+            block: False does not wait.  A number that stands alone in this place is the timeout.
             timeout: seconds to wait for room; None waits for ever, 0 not at all.
 
         Raises:
             QueueClosedError: somebody closed the queue, perhaps while this waited.
             NotSendableError: something in it cannot travel.
-            TimeoutError: the queue stayed full; nothing was put.
+            QueueFullError: the queue stayed full; nothing was put.  A TimeoutError and a ``queue.Full``.
             FdLimitError, NoSpaceError, MessageTooLargeError, AccessDeniedError: nothing was put.
         """
         message = _encode(obj)
@@ -131,7 +132,11 @@ class Queue:
                 if is_from_handler(error):  # the item may be in
                     raise
                 # full, or closed: the slow path tells
-        self._put_slowly(message, timeout)
+        self._put_slowly(message, time_limit(block, timeout))
+
+    def put_nowait(self, obj: Any) -> None:
+        """Do ``put(obj, False)``; raises as that."""
+        self.put(obj, False)
 
     def _put_slowly(self, message: bytes | Outgoing, timeout: float | None) -> None:
         out = message if isinstance(message, Outgoing) else Outgoing([message])
@@ -152,6 +157,11 @@ class Queue:
             out.failed()
             self._end_putting()
             raise QueueClosedError from error
+        except TimeoutError as error:
+            out.failed()
+            if is_from_handler(error):
+                raise
+            raise QueueFullError(*error.args) from error
         except BaseException:
             out.failed()
             raise
@@ -183,21 +193,23 @@ class Queue:
 
     # --- getting ----------------------------------------------------------------------------------------------------------
 
-    def get(self, timeout: float | None = None) -> Any:
+    def get(self, block: bool | float | None = True, timeout: float | None = None) -> Any:
         """Take the next object.
 
         Args:
+            block: False does not wait.  A number that stands alone in this place is the timeout.
             timeout: seconds to wait for one; None waits for ever, 0 not at all.
 
         Raises:
             QueueClosedError: somebody closed the queue, and everything in it was taken.
-            TimeoutError: none came.
+            QueueEmptyError: none came.  A TimeoutError and a ``queue.Empty``.
             DecodeError: the item cannot be rebuilt; its descriptors are closed, and the next one can be taken.
             DescriptorsLostError: there was no room for the item's descriptors here; it is gone, and the queue goes on.
             ProtocolError: somebody who is not a queue wrote into the socket; that packet is gone.
         """
         if (
-            timeout is None
+            block is True
+            and timeout is None
             and self._arrivals is not None
             and not self._left
             and not (python_threads() or _kept)
@@ -217,7 +229,11 @@ class Queue:
                 if data is not None:
                     self._left += ((data, ancillary, flags, address),)
                 raise
-        return self._get_slowly(timeout)
+        return self._get_slowly(time_limit(block, timeout))
+
+    def get_nowait(self) -> Any:
+        """Take the next object if there is one, as ``get(False)``; raises as :meth:`get`."""
+        return self.get(False)
 
     def _get_slowly(self, timeout: float | None) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -277,7 +293,7 @@ class Queue:
         """Wait for an item or the end.
 
         Raises:
-            TimeoutError
+            QueueEmptyError
         """
         poll = native.make_poll()
         poll.register(self._outlet.sock.fileno(), native.IN)
@@ -285,7 +301,7 @@ class Queue:
             poll.register(self._over.fileno(), native.IN)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not recycle.poll_idly(poll, left) and left is not None:
-            raise TimeoutError("the time is up, and the queue is empty")
+            raise QueueEmptyError("the time is up, and the queue is empty")
 
     def __iter__(self) -> Iterator[Any]:
         """Yield items until the queue is closed and empty; raises as :meth:`get` does for an item that is lost."""
@@ -298,12 +314,22 @@ class Queue:
 
     def empty(self) -> bool:
         """Whether there is nothing to get at this moment; the next one may be different, raises nothing."""
-        if self._left or self._ended:
-            return not self._left
+        return not self._left and self._outlet.is_empty()
+
+    def full(self) -> bool:
+        """Whether a put would wait at this moment; the next one may not, raises nothing."""
         try:
-            return not self._outlet.sock.recv(1, rights.NOW | rights.PEEK)
-        except OSError:
-            return True
+            return not self._closed and self._inlet.is_full()
+        except ClosedError:
+            return False
+
+    def qsize(self) -> int:
+        """Return how many items are in the queue at this moment: each is looked at, and others put and take meanwhile.
+
+        Raises:
+            NotImplementedError: the system does not tell (elsewhere than on Linux).
+        """
+        return len(self._left) + self._outlet.count()
 
     # --- the end -----------------------------------------------------------------------------------------------------------
 
@@ -329,6 +355,11 @@ class Queue:
             self._note_end()
         else:
             self._end_putting()
+
+    def join_thread(self) -> None:
+        """Do nothing, as there is no thread: an item is the kernel's once ``put`` has returned; raises nothing."""
+
+    cancel_join_thread = join_thread
 
     def drop(self) -> None:
         """Let go of this process's descriptors, where no thread may be in a call; the queue goes on for the others.

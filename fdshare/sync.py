@@ -14,9 +14,11 @@ The eventfds and pipes do not block: they are made here, and nobody else waits i
 from __future__ import annotations
 
 import errno
+import fcntl
 import operator
 import os
 import sys
+import termios
 import threading
 import time
 import weakref
@@ -24,10 +26,10 @@ from itertools import repeat, starmap
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from fdshare import system
+from fdshare import holders, system
 from fdshare.errors import ClosedError
 from fdshare.handle import own, own_pipe
-from fdshare.mutex import BUSY, LOST, OWNER_DIED, Mutex, make_mutex, open_mutex
+from fdshare.mutex import BUSY, FOREIGN, LOST, OWNER_DIED, Mutex, make_mutex, open_mutex
 from fdshare.travelling import Kept, Readable, Travelling, keep, travels
 
 if TYPE_CHECKING:
@@ -49,8 +51,11 @@ def _all_locks() -> list[Lock]:
 
 
 def _after_fork() -> None:
+    moved = holders.forked_away()
     for lock in list(_locks):
         lock._owner = 0  # the parent's thread
+        if moved and lock._mutex.is_foreign():
+            lock._tries = repeat(errno.EXDEV)
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -91,17 +96,21 @@ class Lock(Travelling):
     def _options(self) -> tuple[Any, ...]:
         return (self._mutex.kind,)
 
-    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+    def acquire(
+        self, blocking: bool = True, timeout: float | None = None, *, block: bool | None = None
+    ) -> bool:
         """Get in; return whether that was possible.
 
         Args:
             blocking: False returns at once.
-            timeout: most seconds to wait; None waits for ever.
+            timeout: most seconds to wait; None waits for ever, and so does -1, as with ``threading.Lock``.
+            block: what ``multiprocessing.Lock`` calls ``blocking``.
 
         Raises:
             RuntimeError: this thread is inside already, and would wait for ever.
-            ClosedError: this object was closed.
-            OSError: no descriptor left for it (only where locks are files).
+            ClosedError: this object was closed, perhaps while this waited.
+            OSError: EXDEV in a process that was forked into another PID namespace than the lock is of; no descriptor left
+                for it (only where locks are files).
         """
         me = get_ident()
         attempt = tries = self._tries
@@ -118,20 +127,27 @@ class Lock(Travelling):
                         break
                 return True
             if attempt is tries:
-                if not self._may_wait(me, code, blocking, timeout):
-                    return False
-                deadline = None if timeout is None else time.monotonic() + timeout
+                timeout = None if timeout == -1 else timeout
+                waits = self._may_wait(me, code, blocking if block is None else block, timeout)
+                if timeout is not None and deadline is None:
+                    deadline = time.monotonic() + timeout
             elif code != errno.ETIMEDOUT:
                 raise OSError(code, "a lock that does not work")
-            elif deadline is not None and time.monotonic() >= deadline:
+            else:
+                self._check_open()
+                waits = deadline is None or time.monotonic() < deadline
+            if not (waits and attempt is tries) and self._mutex.is_forsaken():
+                attempt = tries
+            elif waits:
+                attempt = self._wait_until(me, deadline)
+            else:
                 return False
-            attempt = self._wait_until(me, deadline)
 
     def _may_wait(self, me: int, code: int, blocking: bool, timeout: float | None) -> bool:
         """Whether to wait after the first try, which gave ``code``; raises where no waiting would help."""
         self._check_open()
         if code != BUSY:
-            raise OSError(code, "a lock that does not work")
+            raise OSError(code, FOREIGN if code == errno.EXDEV else "a lock that does not work")
         if not blocking or (timeout is not None and timeout <= 0):
             return False
         if timeout is None and (self._owner == me or (len(_locks) > 1 and self._is_held_elsewhere(me))):
@@ -140,16 +156,21 @@ class Lock(Travelling):
 
     def _is_held_elsewhere(self, me: int) -> bool:
         """Whether this thread is inside by another object of the same lock: there is one for each time that it was received."""
-        mine = os.fstat(self._handles[0].fileno())
+        try:
+            mine = os.fstat(self._handles[0].fileno())
+        except OSError:
+            self._check_open()  # by another thread, just now
+            raise
         inside = [lock._handles[0].fileno() for lock in _all_locks() if lock._owner == me]
         return any(os.path.samestat(mine, os.fstat(fd)) for fd in inside)
 
     def _wait_until(self, me: int, deadline: float | None) -> Iterator[int]:
-        at_most = self._mutex.signals if threading.main_thread().ident == me else None
+        mutex = self._mutex
+        at_most = mutex.signals if threading.main_thread().ident == me else mutex.looks
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if at_most is not None:
             left = at_most if left is None else min(left, at_most)
-        return self._mutex.waits(left)
+        return mutex.waits(left)
 
     def release(self) -> None:
         """Let the next one in.
@@ -169,6 +190,15 @@ class Lock(Travelling):
             )
         if code:
             raise RuntimeError("this thread does not hold the lock")
+
+    def locked(self) -> bool:
+        """Whether somebody is inside at this moment.
+
+        Raises:
+            ClosedError, NotImplementedError: this object was closed; the C library, as it is not glibc, does not tell.
+        """
+        self._check_open()
+        return self._mutex.is_held()
 
     def close(self) -> None:
         """Let go of it in this process, after releasing it where this thread is inside.  Twice is harmless.
@@ -294,12 +324,15 @@ class Semaphore(_Counting):
         self._take = starmap(os.read, repeat((handles[0].fileno(), len(unit))))
         self._give = starmap(os.write, repeat((handles[-1].fileno(), unit)))
 
-    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+    def acquire(
+        self, blocking: bool = True, timeout: float | None = None, *, block: bool | None = None
+    ) -> bool:
         """Take one unit; return whether there was one.
 
         Args:
             blocking: False returns at once.
             timeout: most seconds to wait; None waits for ever.
+            block: what ``multiprocessing.Semaphore`` calls ``blocking``.
 
         Raises:
             ClosedError: this object was closed.
@@ -314,7 +347,7 @@ class Semaphore(_Counting):
             except OSError:
                 self._check_open()  # by another thread, just now
                 raise
-            if not blocking:
+            if not (blocking if block is None else block):
                 return False
             if timeout is not None and deadline is None:
                 deadline = time.monotonic() + timeout
@@ -342,6 +375,30 @@ class Semaphore(_Counting):
                 self._write(bytes(min(_CHUNK, n - done)))
         except (BlockingIOError, OverflowError) as error:
             raise ValueError("more units than the system can count") from error
+
+    def locked(self) -> bool:
+        """Whether no unit is left at this moment; raises ClosedError where this object was closed."""
+        return not self._is_readable(0)
+
+    def get_value(self) -> int:
+        """Return how many units are left at this moment.
+
+        Raises:
+            ClosedError, NotImplementedError: this object was closed; the system does not tell (without ``/proc``).
+        """
+        fd = self.fileno()
+        if len(self._handles) > 1:  # a byte for each
+            units = bytearray(4)
+            fcntl.ioctl(fd, termios.FIONREAD, units)
+            return int.from_bytes(units, sys.byteorder)
+        try:
+            with open(f"/proc/self/fdinfo/{fd}") as info:
+                return next(int(line.split()[1], 16) for line in info if line.startswith("eventfd-count:"))
+        except (OSError, StopIteration) as error:
+            self._check_open()
+            raise NotImplementedError(
+                "the count of a semaphore stands in /proc, which is not here"
+            ) from error
 
     def close(self) -> None:
         """Let go of it in this process, where whoever waits for it gets a ClosedError; the others keep theirs.

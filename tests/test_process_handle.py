@@ -231,6 +231,16 @@ def test_no_process_has_such_a_number(wrong: int) -> None:
         ProcessHandle(wrong)
 
 
+@pytest.mark.parametrize("wrong", [2**31 - 1, 2**31, 2**32 + 1, 2**64, 10**30])
+def test_no_process_has_a_number_as_large(wrong: int) -> None:
+    class Started:
+        pid, returncode = wrong, None
+
+    for of in (wrong, Started()):
+        with pytest.raises(ProcessLookupError):
+            ProcessHandle(of)
+
+
 @pytest.mark.parametrize("wrong", ["1", 1.0, True, object()])
 def test_no_pid(wrong: Any) -> None:
     with pytest.raises(TypeError, match="pid"):
