@@ -359,7 +359,7 @@ def recv_warily(sock: socket.socket, size: int) -> bytes:
     """
     try:
         for arrived in map(Arrived, starmap(sock.recvmsg, ((size, CONTROL_SIZE, CLOEXEC | NOW),))):
-            if not arrived[1]:
+            if not arrived.adopt():  # credentials may be there: what is accepted inherits SO_PASSCRED
                 return bytes(arrived[0])
             drop(arrived)
     except BlockingIOError:

@@ -64,7 +64,7 @@ class VouchedSocket(socket.socket):
         if data or ancillary:  # else it is the end
             self._check(data, ancillary)
         if self._refused:
-            arrived.close()
+            rights.drop(arrived)
             raise AccessDeniedError(self._refused)
         ancillary[:] = [part for part in ancillary if part[:2] != _CREDENTIALS]
         message = tuple(arrived)

@@ -131,7 +131,7 @@ def test_no_pickle_of_a_predecessor_is_loaded_unasked(path: Path, allow: Any) ->
             with socket.socket(fileno=os.dup(handover._control.handle.fileno())) as control:  # type: ignore[union-attr]
                 control.setblocking(True)
                 child.tell()
-                with control.accept()[0] as connection:
+                with control.accept()[0] as connection, contextlib.suppress(BrokenPipeError):
                     for _ in range(3):
                         connection.send(pickle.dumps(Telling(proof)))
                     stay(child)

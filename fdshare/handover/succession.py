@@ -234,7 +234,7 @@ def find(address: Address, allow: Policy, timeout: float | None) -> tuple[Contro
 def _bind_control(address: Address) -> Control | None:
     """Return a new control socket; None where somebody else was faster."""
     try:
-        sock, identity = listening_socket(address, backlog=BACKLOG)
+        sock, identity = listening_socket(address, backlog=BACKLOG, descriptors=False)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
