@@ -364,7 +364,8 @@ def dict_node(key: Node, value: Node, meta: list[Any], what: str) -> Node:
     def unpack(items: Any, receiving: Receiving) -> Any:
         receiving.cost.take(DICT)
         unpack_key, unpack_value = key.unpack, value.unpack
-        if unpack_key is None and unpack_value is None and not key.hashed:
+        if unpack_key is None and unpack_value is None and not key.made:  # only their number counts
+            _refuse_hashed(key, items, receiving.cost)
             return _unique(dict, items, len(items))
         keys, values = [k for k, _ in items], [v for _, v in items]
         if unpack_key is not None:
