@@ -59,7 +59,7 @@ def main() -> int:
     with handles[0].to_file("rb") as file:
         shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.flush()
-        name = os.fsdecode(data.rstrip(b"\n"))
+        name = ascii(os.fsdecode(data.rstrip(b"\n")))[1:-1]  # terminals obey what is not printable
         print(f"fd_receiver: {name} came as descriptor {number}, {file.tell():,} bytes", file=sys.stderr)
     return 0
 

@@ -23,12 +23,23 @@ from typing import Annotated
 
 import attrs
 
-from fdshare import Channel, DecodeError, Descriptor, FdHandle, TypedCodec
+from fdshare import (
+    Channel,
+    DecodeError,
+    Descriptor,
+    FdHandle,
+    MessageTooLargeError,
+    NotSendableError,
+    TypedCodec,
+)
 
 NOBODY = 65534
 
 PATIENCE = 5.0
-"""Seconds that the worker has to take an answer, before the helper gives it up."""
+"""Seconds that the worker has to take an answer, and to end once it was given up, before the helper kills it."""
+
+MAX_REASON = 500
+"""Characters of a refusal: with a path in it that the worker chose, it might not go into a message."""
 
 
 @attrs.frozen
@@ -116,7 +127,12 @@ def answer(request: object, policy: Policy) -> Opened | Refused:
     try:
         return Opened(policy.open(request.path))
     except (OSError, ValueError) as error:
-        return Refused(str(error))
+        return Refused(shown(error.strerror or str(error) if isinstance(error, OSError) else str(error)))
+
+
+def shown(text: str) -> str:
+    """Return what may be sent of a text that somebody else has chosen: its beginning, in printable characters."""
+    return ascii(text[:MAX_REASON])[1:-1][:MAX_REASON]
 
 
 def serve(worker: Channel, policy: Policy) -> None:
@@ -126,7 +142,7 @@ def serve(worker: Channel, policy: Policy) -> None:
         try:
             request = worker.recv()
             if isinstance(request, Report):
-                print(ascii(request.text)[1:-1])  # terminals obey what is not printable
+                print(ascii(request.text)[1:-1])  # at most max_bytes; terminals obey what is not printable
                 continue
             reply = answer(request, policy)
         except DecodeError:
@@ -158,13 +174,18 @@ def work(helper: Channel, paths: list[str]) -> int:
     """Report the SHA-256 of each file; return how many were refused."""
     refused = 0
     for path in paths:
-        helper.send(Open(path))
+        try:
+            helper.send(Open(path))
+        except (MessageTooLargeError, NotSendableError, UnicodeError) as error:  # too long, or no text
+            helper.send(Report(f"{shown(path)}: refused: {shown(str(error))}"))
+            refused += 1
+            continue
         match helper.recv(timeout=PATIENCE):
             case Opened(handle):
                 with handle, open(handle.fileno(), "rb", closefd=False) as file:
-                    helper.send(Report(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path}"))
+                    helper.send(Report(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {shown(path)}"))
             case Refused(reason):
-                helper.send(Report(f"{path}: refused: {reason}"))
+                helper.send(Report(f"{shown(path)}: refused: {reason}"))
                 refused += 1
     return refused
 
@@ -190,8 +211,14 @@ def run_worker(command: list[str], policy: Policy, output: int = subprocess.DEVN
                 stderr=output,
             )
         with process:
-            serve(channel, policy)
-            channel.close()
+            try:
+                serve(channel, policy)
+            finally:  # whatever ends it, nobody waits for a worker that does not end
+                channel.close()
+                try:
+                    process.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
         return process.returncode
 
 

@@ -359,7 +359,11 @@ def _failed(command: str, error: Exception) -> int:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without the number
         text = error.strerror + (f": {error.filename!r}" if error.filename is not None else "")
-    print(f"fdshare{command}: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+    from fdshare.command.ls import printable
+
+    # What a peer has sent may be quoted in it.
+    line = printable(" ".join(text.split())) or type(error).__name__
+    print(f"fdshare{command}: {line}", file=sys.stderr)
     return FAILED
 
 

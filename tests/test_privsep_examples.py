@@ -141,3 +141,38 @@ def test_worker_that_takes_no_answers_is_given_up(allowed: Path) -> None:
 def test_no_root_no_separation() -> None:
     code = "import os, sys, privsep; os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(privsep.main())"
     assert "only where it is root" in run("-c", code, status=2)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "path", ["\x01" * 8000, "\x1b[2J" * 1900, "é" * 4000, "\U0001f4a9" * 1900, "x\0y", "a/" * 4000]
+)
+def test_no_path_ends_the_helper(allowed: Path, path: str) -> None:
+    """A refusal that quoted it would be too large for a message, or move a terminal's cursor."""
+    code = """
+import socket, sys, threading
+import privsep, fdshare
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+policy = privsep.Policy([sys.argv[1]])
+with fdshare.Channel(ours, codec=privsep.AT_THE_HELPER) as helper:
+    with fdshare.Channel(theirs, codec=privsep.AT_THE_WORKER) as worker:
+        thread = threading.Thread(target=privsep.serve, args=(helper, policy))
+        thread.start()
+        for _ in range(2):
+            worker.send(privsep.Open(sys.argv[1] + "/" + eval(sys.argv[2])))
+            reply = worker.recv(timeout=20)
+            assert isinstance(reply, privsep.Refused) and reply.reason.isascii() and reply.reason.isprintable(), reply
+        worker.send(privsep.Report(chr(27) + "[2J"))
+    thread.join()
+policy.close()
+"""
+    assert run("-c", code, allowed, ascii(path)) == "\\x1b[2J\n"
+
+
+@needs_root
+def test_a_path_that_goes_into_no_message_is_refused(allowed: Path) -> None:
+    out = run(EXAMPLE, "--allow", allowed, "x" * 9000, allowed / "plain", "\x1b[2J", status=1)
+    assert "max_bytes" in out
+    assert str(allowed / "plain") in out
+    assert "\\x1b[2J: refused" in out
+    assert "\x1b" not in out
