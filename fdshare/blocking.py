@@ -8,16 +8,26 @@ Only then it is asked who else there is.
 from __future__ import annotations
 
 import _thread
+import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from fdshare import native, recycle, system
 from fdshare.handle import own, own_pipe
 from fdshare.native import IN, Poll
 
-__all__ = ["TICK_MILLISECONDS", "TICK_SECONDS", "Waker", "other_threads", "python_threads", "wait_beside"]
+__all__ = [
+    "TICK_MILLISECONDS",
+    "TICK_SECONDS",
+    "Waker",
+    "other_threads",
+    "python_threads",
+    "tried_later",
+    "wait_beside",
+    "wake",
+]
 
 TICK_SECONDS = 0.05
 """How long it takes at most until a wait notices that somebody else has closed what it waits for."""
@@ -66,6 +76,24 @@ class Waker:
     __exit__ = __del__ = close  # an interrupt may come before the "with"
 
 
+def wake(wakers: set[Waker]) -> None:
+    """Wake who waits; where waiting is cooperative, let them leave: event loops break on what is closed under them."""
+    for waker in tuple(wakers):
+        waker.wake()
+    while wakers and native.is_patched():
+        time.sleep(0)
+
+
+PAUSE_SECONDS = 0.002
+"""How long others run before something is tried again, where waiting is cooperative."""
+
+
+def tried_later(tries: Iterator[int]) -> Iterator[int]:
+    """Let others run, and return ``tries`` as a wait: one that says EBUSY has come to its end (ETIMEDOUT)."""
+    time.sleep(PAUSE_SECONDS)
+    return (errno.ETIMEDOUT if code == errno.EBUSY else code for code in tries)
+
+
 def _poll(poll: Poll, deadline: float | None) -> int:
     ready = recycle.poll_idly(poll, None if deadline is None else deadline - time.monotonic())
     return ready[0][1] if ready else 0
@@ -88,11 +116,12 @@ def wait_beside(
     Raises:
         ClosedError: from ``check_open``.
     """
-    tick = time.monotonic() + TICK_SECONDS
-    found = _poll(poll, tick if deadline is None else min(tick, deadline))
-    check_open()
-    if found or (deadline is not None and deadline <= tick):
-        return found
+    if not native.is_patched():  # there nothing may be closed that is watched: see wake
+        tick = time.monotonic() + TICK_SECONDS
+        found = _poll(poll, tick if deadline is None else min(tick, deadline))
+        check_open()
+        if found or (deadline is not None and deadline <= tick):
+            return found
     if not other_threads():  # only a signal handler could close it under us
         found = _poll(poll, deadline)
         check_open()
@@ -100,6 +129,7 @@ def wait_beside(
     try:
         waker = Waker()
     except OSError:  # no descriptor left: look often instead
+        found = 0
         while not found and (deadline is None or time.monotonic() < deadline):
             tick = time.monotonic() + TICK_SECONDS
             found = _poll(poll, tick if deadline is None else min(tick, deadline))

@@ -55,5 +55,7 @@ def _make_entered_rlock() -> Any:
 LOOKS_BETWEEN = sys.version_info[:2] == (3, 14)
 """Whether this Python looks for signals between the taking of a lock and the block."""
 
-make_lock: Any = _make_entered_lock if LOOKS_BETWEEN else threading.Lock
-make_rlock: Any = _make_entered_rlock if LOOKS_BETWEEN else threading.RLock
+
+# By the names of now: gevent and its like may have put others there since the import.
+make_lock: Any = _make_entered_lock if LOOKS_BETWEEN else lambda: threading.Lock()
+make_rlock: Any = _make_entered_rlock if LOOKS_BETWEEN else lambda: threading.RLock()

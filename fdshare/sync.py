@@ -23,10 +23,10 @@ import threading
 import time
 import weakref
 from itertools import repeat, starmap
-from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from fdshare import holders, system
+from fdshare import holders, native, system
+from fdshare.blocking import tried_later
 from fdshare.errors import ClosedError
 from fdshare.handle import own, own_pipe
 from fdshare.mutex import BUSY, FOREIGN, LOST, OWNER_DIED, Mutex, make_mutex, open_mutex
@@ -112,7 +112,7 @@ class Lock(Travelling):
             OSError: EXDEV in a process that was forked into another PID namespace than the lock is of; no descriptor left
                 for it (only where locks are files).
         """
-        me = get_ident()
+        me = threading.get_ident()
         attempt = tries = self._tries
         deadline = None
         while True:
@@ -165,6 +165,8 @@ class Lock(Travelling):
         return any(os.path.samestat(mine, os.fstat(fd)) for fd in inside)
 
     def _wait_until(self, me: int, deadline: float | None) -> Iterator[int]:
+        if native.is_patched():  # whoever is inside may be of this thread, which must not wait in the kernel
+            return tried_later(self._tries)
         mutex = self._mutex
         at_most = mutex.signals if threading.main_thread().ident == me else mutex.looks
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -179,7 +181,7 @@ class Lock(Travelling):
             RuntimeError: this thread is not inside.
             OSError: the system had dropped the lock before (ENOLCK; only where locks are files and there is no /proc).
         """
-        if self._owner != get_ident():
+        if self._owner != threading.get_ident():
             raise RuntimeError("this thread does not hold the lock")
         self._owner = 0
         for code in self._unlocks:  # noqa: B007
@@ -207,7 +209,7 @@ class Lock(Travelling):
             RuntimeError: another thread of this process is inside.
             OSError: as close(2).
         """
-        if self._owner == get_ident():
+        if self._owner == threading.get_ident():
             self.release()
         elif self._owner:
             raise RuntimeError("another thread holds the lock")
@@ -401,9 +403,7 @@ class Semaphore(_Counting):
             ) from error
 
     def close(self) -> None:
-        """Let go of it in this process, where whoever waits for it gets a ClosedError; the others keep theirs.
-
-        Twice is harmless.
+        """Let go of it in this process, where who waits for it gets a ClosedError; the others keep theirs.  Twice is harmless.
 
         Raises:
             OSError: as close(2).

@@ -29,7 +29,7 @@ from itertools import repeat, starmap
 from typing import Any, NamedTuple, Protocol
 
 from fdshare import locks, memory, recycle, rights, wire
-from fdshare.blocking import TICK_MILLISECONDS, Waker, wait_beside
+from fdshare.blocking import TICK_MILLISECONDS, Waker, wait_beside, wake
 from fdshare.disposal import dispose, forks
 from fdshare.errors import (
     AccessDeniedError,
@@ -210,8 +210,7 @@ class Transport:
             return
         self.check_open()
         self.closed = True
-        for waker in tuple(self._wakers):
-            waker.wake()
+        wake(self._wakers)
         with self._reading, self._writing:
             self._close()
 

@@ -6,7 +6,7 @@ import select
 import selectors
 from typing import Any
 
-from fdshare import system
+from fdshare import native, system
 
 __all__ = ["Poller"]
 
@@ -92,4 +92,6 @@ class _EpollPoller:
         self._epoll.close()
 
 
-Poller = _EpollPoller if system.HAVE_EPOLL else _SelectorPoller
+def Poller() -> _EpollPoller | _SelectorPoller:  # noqa: N802 -- makes one
+    """Return the best poller that there is now; where waiting is cooperative, that goes by selectors."""
+    return _EpollPoller() if system.HAVE_EPOLL and not native.is_patched() else _SelectorPoller()
