@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import logging
 import logging.handlers
 import multiprocessing
 import os
 import queue as queues
+import random
 import signal
 import sys
 import threading
@@ -32,7 +35,7 @@ from fdshare import (
     mutex,
     sync,
 )
-from fdshare.testing import numbered_handle
+from fdshare.testing import checked_child, numbered_handle
 
 needs_count = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what lies in a socket")
 
@@ -385,3 +388,58 @@ def test_an_event_is_asked_as_its_namesakes_are(kind: str) -> None:
     event.clear()
     assert event.is_set() is False
     event.close()
+
+
+# --- interrupts ---------------------------------------------------------------------------------------------------------
+
+
+class _Struck(Exception):
+    pass
+
+
+def _lost_by_interrupts(make: Callable[[], Any], fallback: bool, hits: int) -> int:
+    """Make and close one again and again while a handler raises; return how many descriptors that has lost."""
+    if fallback:
+        ends.HAVE_SEQPACKET = sync.HAVE_EVENTFD = mutex.HAVE_ROBUST = False
+    draw, strikes, lost = random.Random(11), 0, 0
+    swallowed: list[object] = []
+
+    def strike(*_: object) -> None:
+        nonlocal strikes
+        strikes += 1
+        raise _Struck
+
+    def play() -> None:
+        made = make()
+        (made.drop if isinstance(made, Queue) else made.close)()
+
+    play()
+    known = set(os.listdir("/proc/self/fd"))
+    sys.unraisablehook = swallowed.append
+    signal.signal(signal.SIGALRM, strike)
+    for count in range(hits):
+        swallowed.clear()
+        before = len(os.listdir("/proc/self/fd"))
+        try:
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 2e-4))
+            while strikes == count:
+                play()
+        except _Struck:
+            pass
+        gc.collect(1)  # a file's mutex refers to itself
+        if not swallowed:  # by a __del__, which then has not done its work: nobody can help that
+            lost += len(os.listdir("/proc/self/fd")) - before
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    swallowed.clear()
+    gc.collect()
+    for number in set(os.listdir("/proc/self/fd")) - known:
+        with contextlib.suppress(OSError):  # that of the listing itself
+            os.close(int(number))
+    return lost
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("fallback", [False, True], ids=["linux", "elsewhere"])
+@pytest.mark.parametrize("make", [Queue, Lock, Semaphore, Event], ids=lambda make: str(make.__name__))
+def test_an_interrupted_constructor_loses_no_descriptor(make: Callable[[], Any], fallback: bool) -> None:
+    assert checked_child(_lost_by_interrupts, make, fallback, 300) == 0
