@@ -334,9 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     command = ""
     try:
-        _prepare_standard_streams()
+        can_print = _prepare_standard_streams()
         try:
-            arguments = build_parser().parse_args(argv)
+            arguments = _parse(argv, can_print)
             command = f" {arguments.command}"
             return int(arguments.run(arguments))
         finally:
@@ -367,11 +367,31 @@ def _failed(command: str, error: Exception) -> int:
     return FAILED
 
 
-def _prepare_standard_streams() -> None:
-    """See to it that no file opened later becomes a standard stream, and that every name can be printed.
+def _parse(argv: Sequence[str] | None, can_print: bool) -> argparse.Namespace:
+    """Return the arguments of a command that can do its work.
 
     Raises:
-        OSError: there is no standard output.
+        SystemExit: as main.
+        OSError: it prints, and there is no standard output.  Said before it takes anything from anybody.
+    """
+    no_output = OSError(errno.EBADF, "the standard output is closed")
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as end:
+        if can_print or end.code:
+            raise
+        raise no_output from None
+    prints = arguments.run is not send and getattr(arguments, "command_line", None) is None
+    if prints and not can_print:
+        raise no_output
+    return arguments
+
+
+def _prepare_standard_streams() -> bool:
+    """See to it that no file opened later becomes a standard stream, and that every name can be printed.
+
+    Returns:
+        whether there is a standard output.
     """
     for fd in range(3):
         try:
@@ -382,11 +402,12 @@ def _prepare_standard_streams() -> None:
             )  # takes the lowest free number, which is this one
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    if sys.stdout is None:
+    can_print = sys.stdout is not None
+    if not can_print:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-        raise OSError(errno.EBADF, "the standard output is closed")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    return can_print
 
 
 def _drop_output_that_fails() -> None:

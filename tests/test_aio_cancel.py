@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aio_loops import fill, pair, run, send_all, settle, started
 from helpers import KINDS, LARGE, compose, requires_unread_count, verify
 
-from fdshare import Channel, ClosedError, move, wire
+from fdshare import Channel, ClosedError, aio, move, wire
 from fdshare.aio import AsyncChannel
+from fdshare.aio.end import BURST
 from fdshare.testing import numbered_handle, pattern, read_number
 
 __all__ = ["run"]
@@ -110,6 +113,52 @@ def test_timeouts_between_messages(run: Run, transport: str) -> None:
                     pass
             await sender
         assert received == list(range(60))
+
+    run(main)
+
+
+TINY = 0.0003  # uvloop rounds it to nothing
+
+
+def test_tiny_timeouts_make_progress(run: Run, transport: str) -> None:
+    """Beyond the burst after which a call first lets the other tasks run: that must not be the end of each that follows."""
+    count = 5 * BURST
+
+    async def trying(call: Callable[[int], Coroutine[Any, Any, Any]]) -> list[Any]:
+        done: list[Any] = []
+        while len(done) < count:
+            with contextlib.suppress(TimeoutError):
+                done.append(await asyncio.wait_for(call(len(done)), TINY))
+        return done
+
+    async def main() -> None:
+        a, b = pair(transport)
+        async with a, b:
+            _, received = await asyncio.gather(trying(a.send), trying(lambda _: b.recv()))
+            assert received == list(range(count))
+
+    run(main)
+
+
+def test_tiny_timeouts_of_accept(run: Run, transport: str, tmp_path: Path) -> None:
+    """As above, where those who came before are refused."""
+    path = tmp_path / "socket"
+    known = 0
+
+    def last_of_many(peer: object) -> bool:
+        nonlocal known
+        known += 1
+        return known > 2 * BURST
+
+    async def main() -> None:
+        async with aio.Listener(path, transport=transport, allow=last_of_many) as listener:
+            clients = [await aio.connect(path, transport=transport) for _ in range(2 * BURST + 1)]
+            accepted = None
+            while accepted is None:
+                with contextlib.suppress(TimeoutError):
+                    accepted = await asyncio.wait_for(listener.accept(), TINY)
+            for channel in (accepted, *clients):
+                channel.close()
 
     run(main)
 

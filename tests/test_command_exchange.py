@@ -21,7 +21,7 @@ import attrs
 import pytest
 from c_programs import CPrograms, compiled_programs
 from command import COMMAND, ROOT, TIMEOUT, run, run_as_nobody, start
-from helpers import wait_until
+from helpers import requires_proc, wait_until
 from unix_sockets import socket_kind, type_of
 
 import fdshare
@@ -502,6 +502,67 @@ def test_exec_leaves_the_signals_as_they_were(address: str) -> None:
         assert run("send", address, os.devnull, PATIENCE).returncode == 0
         assert receiver.stderr is not None
         assert receiver.stderr.read() == "141\n"
+
+
+CLOSED = ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"]
+"""Standard streams that whoever starts the command has closed."""
+
+
+def with_closed(closed: str, *arguments: object) -> subprocess.Popen[str]:
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *map(str, arguments)]
+    return subprocess.Popen(
+        shell, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+TELL = """
+import os, sys
+path = sys.argv[1]
+with open(path + ".new", "w") as file:
+    for number in range(5):
+        file.write(os.readlink(f"/proc/self/fd/{number}") + "\\n")
+os.rename(path + ".new", path)
+"""
+
+
+@requires_proc
+@pytest.mark.parametrize("closed", CLOSED)
+@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=["channel", "raw"])
+def test_exec_and_send_with_closed_standard_streams(
+    closed: str, raw: list[str], address: str, tmp_path: Path
+) -> None:
+    """Neither prints anything, and no descriptor on its way may take the place of a standard stream."""
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name)
+    files = [tmp_path / "first", tmp_path / "second"]
+    told = tmp_path / "told"
+    tell = [sys.executable, "-S", "-c", TELL, told]
+    with (
+        with_closed(closed, "recv", *raw, address, PATIENCE, "--exec", *tell) as receiver,
+        with_closed(closed, "send", *raw, address, PATIENCE, *files) as sender,
+    ):
+        expect(sender)
+        expect(receiver)
+    standard, given = told.read_text().splitlines()[:3], told.read_text().splitlines()[3:]
+    assert given == [str(file) for file in files]
+    assert all(name.startswith(("/dev/null", "pipe:")) for name in standard)
+    for number, how in enumerate(CLOSED[:3]):
+        assert how not in closed.split() or standard[number] == "/dev/null"
+
+
+@pytest.mark.parametrize("name", ["-", "fd:0"])
+def test_a_closed_standard_input_is_not_sent(name: str, address: str) -> None:
+    with with_closed("<&-", "send", address, PATIENCE, name) as sender:
+        code, _, err = finished(sender)
+    assert code == 1
+    assert "standard input is closed" in err or "descriptor 0: Bad file descriptor" in err
+
+
+def test_a_receiver_that_cannot_print_takes_nothing(address: str, file: Path) -> None:
+    for arguments in (["recv", address], ["recv", "--cat", address], ["--help"], ["send", "--help"]):
+        with with_closed(">&-", *arguments) as process:
+            assert finished(process) == (1, "", "fdshare: the standard output is closed\n")
+    assert not os.path.exists(address)
 
 
 def test_exec_of_what_is_not_there(address: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

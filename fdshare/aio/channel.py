@@ -219,8 +219,7 @@ class AsyncChannel(AsyncEnd):
         try:
             if not tried:
                 if not self._credit:
-                    await waits.sleep(0)  # the other tasks' time
-                    self._credit = BURST
+                    await self._pause(waits)
                 message = self._receive_now(type)
                 if message is not _NOTHING:
                     return message
@@ -276,8 +275,7 @@ class AsyncChannel(AsyncEnd):
                 turn.taken = True
             try:
                 if not self._credit:
-                    await waits.sleep(0)
-                    self._credit = BURST
+                    await self._pause(waits)
                 await self._send_outgoing(waits, out, type, wire.MAX_INLINE)
             except OSError as error:
                 if error.errno != errno.EMSGSIZE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+from collections.abc import Awaitable
 from functools import partial
 
 from fdshare import reducers
@@ -46,6 +47,13 @@ class AsyncEnd(Held):
         """
         self._leave_loop()
         return pass_on(self._inner, Channel)
+
+    def _pause(self, waits: Waits) -> Awaitable[None]:
+        """Let the other tasks have their time."""
+        # At once: a call that is given up meanwhile has let them run, too.  Were it not to count, timeouts that an event loop
+        # rounds to nothing (uvloop below half a millisecond) would end each of the calls that follow here.
+        self._credit = BURST
+        return waits.sleep(0)
 
     def _make_waits(self) -> Waits:
         self._transport.check_open()  # and not fileno(): the number stays here

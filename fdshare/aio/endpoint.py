@@ -135,8 +135,8 @@ class Listener(Held):
         try:
             while True:
                 if not self._credit:  # many at once, or many who are refused
+                    self._credit = BURST  # at once, see AsyncEnd._pause
                     await waits.sleep(0)
-                    self._credit = BURST
                 listener._check_open()
                 sock = listener._accept_now()
                 if sock is None:

@@ -188,13 +188,21 @@ def _accept_raw(meeting: Meeting, transport: str) -> socket.socket:
 
 
 def _inherited(number: int) -> FdHandle:
+    code = errno.EBADF
     try:
-        return own(os.dup, number)
+        if number not in _closed_streams():
+            return own(os.dup, number)
     except OverflowError:
-        code = errno.EBADF
+        pass
     except OSError as error:
-        code = error.errno or errno.EBADF
+        code = error.errno or code
     raise OSError(code, f"descriptor {number}: {os.strerror(code)}")
+
+
+def _closed_streams() -> list[int]:
+    """Return which of the descriptors 0 to 2 were closed when this program began; something else stands there now."""
+    streams = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
+    return [number for number, stream in enumerate(streams) if stream is None]
 
 
 def _connect(meeting: Meeting, attempt: Callable[[float | None], T]) -> T:
