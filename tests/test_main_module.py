@@ -8,6 +8,8 @@ import sys
 import zipapp
 from pathlib import Path
 
+import attr
+import cloudpickle
 import pytest
 from helpers import METHODS
 
@@ -199,3 +201,24 @@ def test_main_module_that_fails_elsewhere_says_so_once(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("ValueError: not here") == 1
     assert "its traceback is above" in done.stderr.splitlines()[-1]
+
+
+BY_SYS_PATH = """
+import sys
+sys.path[:0] = {path!r}
+import multiprocessing, operator
+import fdshare
+if __name__ == "__main__":
+    with fdshare.ProcessPoolExecutor(1, multiprocessing.get_context({method!r})) as pool:
+        print(pool.submit(operator.neg, 1).result(30))
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_script_that_finds_the_library_by_its_own_sys_path(method: str, tmp_path: Path) -> None:
+    path = [str(ROOT), *{str(Path(module.__file__).parent.parent) for module in (attr, cloudpickle)}]
+    (tmp_path / "script.py").write_text(BY_SYS_PATH.format(path=path, method=method))
+    result = subprocess.run(
+        [sys.executable, "-S", "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "-1\n", "")

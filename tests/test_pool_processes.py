@@ -187,8 +187,8 @@ def test_last_worker_that_cannot_be_replaced_at_the_limit(method: str, limits: A
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-def end_by_sigterm(executor: ProcessPoolExecutor) -> None:
-    """Have one worker of a pool ended, in a task and outside of one."""
+def end_by_sigterm(executor: ProcessPoolExecutor, *, early: bool = True) -> None:
+    """Have one worker of a pool ended, in a task and outside of one, with ``early`` perhaps before its first line."""
     reader, writer = map(FdHandle, os.pipe())
     told, telling = map(FdHandle, os.pipe())
     with reader, writer, told, telling:
@@ -201,7 +201,9 @@ def end_by_sigterm(executor: ProcessPoolExecutor) -> None:
     assert error.exitcode == -signal.SIGTERM
     wait_until(lambda: executor._processes and pid not in executor._processes)
     (pid,) = executor._processes
-    os.kill(pid, signal.SIGTERM)  # perhaps before its first line
+    if not early:
+        assert executor.submit(tasks.pid).result(TIMEOUT) == pid
+    os.kill(pid, signal.SIGTERM)
     wait_until(lambda: executor._processes and pid not in executor._processes)
     assert executor.submit(operator.neg, 1).result(TIMEOUT) == -1
 
@@ -215,7 +217,8 @@ def test_sigterm_ends_a_worker_whatever_the_parent_does_with_it(method: str, way
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN if way == "ignored" else lambda *_: None)
     try:
         with pool_of(1, method) as executor:
-            end_by_sigterm(executor)
+            # A fork server that was started while it was ignored has workers that lose it until their first line.
+            end_by_sigterm(executor, early=method == "fork")
     finally:
         if way == "blocked":
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -290,6 +293,8 @@ def test_no_signal_for_a_number_that_may_be_anothers(method: str, monkeypatch: p
             if method == "fork":
                 os.waitpid(worker.pid, 0)
             worker.signal(signal.SIGTERM)
+            worker.process.terminate()
+            worker.process.kill()
             worker.kill()
         monkeypatch.undo()
     assert not sent

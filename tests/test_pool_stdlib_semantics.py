@@ -291,3 +291,94 @@ def test_cancel_is_refused_once_the_answer_was_taken() -> None:
         assert (second.result(TIMEOUT), third.result(TIMEOUT)) == (len(argument), argument)
         assert (executor._pool.load, executor._pool.loads) == (0, 0)
     assert (executor.stats().done, executor.stats().cancelled) == (3, 0)
+
+
+# --- workers that are not replaced ------------------------------------------------------------------------------------
+
+Futures = list[concurrent.futures.Future[int]]
+
+
+def with_work_for_another(make: Factory) -> tuple[Any, fdshare.FdHandle, Futures]:
+    """Return an executor whose worker leaves after its task, which ends once something comes from the descriptor."""
+    executor = make(1, multiprocessing.get_context("forkserver"), max_tasks_per_child=1)
+    started, starting = map(fdshare.FdHandle, os.pipe())
+    going, go_on = map(fdshare.FdHandle, os.pipe())
+    with started, starting, going:
+        futures = [executor.submit(tasks.tell_and_wait, starting, going), executor.submit(operator.neg, 1)]
+        os.read(started.fileno(), 1)
+    return executor, go_on, futures
+
+
+@pytest.mark.parametrize("name", ["fdshare", "fdshare_strict"])
+def test_work_of_a_collected_executor_when_its_worker_leaves(name: str) -> None:
+    """The standard executor gives it up; see gh-152967."""
+    executor, go_on, (first, second) = with_work_for_another(EXECUTORS[name])
+    thread = executor._executor_manager_thread
+    del executor
+    gc.collect()
+    with go_on:
+        os.write(go_on.fileno(), b"!")
+    assert first.result(TIMEOUT)
+    if name == "fdshare":
+        assert second.result(TIMEOUT) == -1
+    else:
+        with pytest.raises(BrokenProcessPool, match="garbage collected"):
+            second.result(TIMEOUT)
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+
+
+def test_executor_that_is_let_go_of_finishes_what_its_worker_holds() -> None:
+    future = strict(1).submit(operator.neg, 1)
+    gc.collect()
+    assert future.result(TIMEOUT) == -1
+
+
+@pytest.mark.parametrize("make", [fdshare.ProcessPoolExecutor, strict], ids=["fdshare", "fdshare_strict"])
+def test_no_worker_follows_while_all_are_being_ended(make: Factory) -> None:
+    executor, go_on, (first, second) = with_work_for_another(make)
+    thread = executor._executor_manager_thread
+    with executor._shutdown_lock:
+        executor._force_shutting_down = True
+    assert executor._force_shutting_down
+    with go_on:
+        os.write(go_on.fileno(), b"!")
+    assert first.result(TIMEOUT)
+    with pytest.raises(BrokenProcessPool, match="forcefully shut down"):
+        second.result(TIMEOUT)
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+
+
+def test_worker_that_cannot_be_started_after_the_last_one() -> None:
+    class Context(type(multiprocessing.get_context("forkserver"))):  # type: ignore[misc]
+        def Process(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: N802 -- multiprocessing's name
+            if threading.current_thread().name == "fdshare-pool":
+                raise OSError("no process left")
+            return super().Process(*arguments, **keywords)
+
+    executor, go_on, (first, second) = with_work_for_another(
+        lambda workers, _, **keywords: strict(workers, Context(), **keywords)
+    )
+    with go_on:
+        os.write(go_on.fileno(), b"!")
+    assert first.result(TIMEOUT)
+    with pytest.raises(BrokenProcessPool, match="could not be started"):
+        second.result(TIMEOUT)
+    executor.shutdown()
+
+
+@pytest.mark.parametrize("operation", ["terminate", "kill"])
+def test_ending_of_workers_has_its_standard_name(operation: str) -> None:
+    called: list[str] = []
+
+    class Recording(fdshare.ProcessPoolExecutor):
+        def _force_shutdown(self, operation: str) -> None:
+            called.append(operation)
+            super()._force_shutdown(operation=operation)
+
+    with Recording(1) as executor:
+        with pytest.raises(ValueError, match="Unsupported operation"):
+            executor._force_shutdown(operation="invalid")
+        getattr(executor, f"{operation}_workers")()
+    assert called == ["invalid", operation]

@@ -40,13 +40,24 @@ _SECOND_TIME = ("bootstrapping phase", "context has already been set")
 """What multiprocessing says to a main module that does the whole program's work over again."""
 
 
+_BEGIN = (
+    "(__import__('sys').path.__setitem__(slice(None), path), "
+    f"__import__({__name__!r}, fromlist=['begin']).begin(name))[1]"
+)
+
+
 class WorkerName(str):
     """The name of a process, which has what imports the main module there looked after."""
 
     __slots__ = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return begin, (str(self),)
+        from multiprocessing import process
+
+        # The new process comes to this before it has the sys.path that is with its orders, by which alone it may find us.
+        home: Any = process.ORIGINAL_DIR  # type: ignore[attr-defined]
+        path = [entry or home or entry for entry in sys.path]
+        return eval, (_BEGIN, {"path": path, "name": str(self)})
 
 
 def begin(name: str) -> str:

@@ -8,7 +8,10 @@ from typing import Any
 from fdshare.pool.pool import Pool
 from fdshare.pool.tasks import Task
 
-__all__ = ["StandardNames"]
+__all__ = ["KILL", "TERMINATE", "StandardNames"]
+
+TERMINATE, KILL = "terminate", "kill"
+"""The operations of ``_force_shutdown``, as the standard executor calls them and as the methods of a process are called."""
 
 
 class _NoQueue:
@@ -22,7 +25,7 @@ class _NoQueue:
 
 
 class StandardNames:
-    """Read-only views, mixed into the executor."""
+    """Views, mixed into the executor."""
 
     _pool: Pool
     _call_queue = _NoQueue()
@@ -52,6 +55,18 @@ class StandardNames:
     @property
     def _broken(self) -> str | bool:
         return False if self._pool.broken is None else str(self._pool.broken)
+
+    @property
+    def _shutdown_lock(self) -> Any:
+        return self._pool.lock
+
+    @property
+    def _force_shutting_down(self) -> bool:
+        return self._pool.ended
+
+    @_force_shutting_down.setter
+    def _force_shutting_down(self, ended: bool) -> None:
+        self._pool.ended = ended
 
     @property
     def _executor_manager_thread(self) -> threading.Thread | None:

@@ -44,6 +44,12 @@ UNWATCHED_TICK = 0.2
 
 ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending"
 
+FORCED = "A worker process exited while the pool was being forcefully shut down; work that was still enqueued will not be run"
+COLLECTED = (
+    "The ProcessPoolExecutor was garbage collected with work pending after its last worker process exited upon reaching "
+    "max_tasks_per_child; the pending work is not run, as by the standard executor"
+)
+
 
 class Undertaker:
     """The part of the manager that deals with deaths."""
@@ -195,13 +201,31 @@ class Undertaker:
         """Start another worker where one is missing."""
         pool = self.pool
         with pool.lock:
+            hindrance = self._hindrance()
             over = (pool.closing or self.exiting) and not self._has_work_for_another()
-            if over or len(pool.workers) + pool.starting >= pool.max_workers:
+            wanted = not (hindrance or over) and len(pool.workers) + pool.starting < pool.max_workers
+            pool.starting += wanted
+            stranded = hindrance and pool.purge() and not (pool.workers or pool.starting)
+        if stranded:
+            self._break(BrokenProcessPool(hindrance))
+        elif not wanted or self._start_another(again=not expected):
+            with pool.lock:
                 pool.fill_all()
-                return
-            pool.starting += 1
+
+    def _hindrance(self) -> str | None:
+        """Say why a worker that has left is not replaced, although there may be work; None where it is.  Lock held."""
+        pool = self.pool
+        if pool.ended:  # who follows would escape the kill
+            return FORCED
+        if pool.collected and not pool.restart:
+            return COLLECTED
+        return None
+
+    def _start_another(self, *, again: bool) -> bool:
+        """Start a worker, which ``starting`` counts already; return whether tasks may go on."""
+        pool = self.pool
         try:
-            pool.start_one(again=not expected)
+            pool.start_one(again=again)
         except BaseException as error:  # noqa: BLE001 -- too many processes, an interpreter that is ending, …
             logger.warning("a worker could not be replaced: %s", error)
             with pool.lock:
@@ -211,14 +235,15 @@ class Undertaker:
                     for task in pool.pending:
                         pool.doom(task, error)
                     pool.pending.clear()
-                    return
+                    return False
             if alone:
-                broken = BrokenProcessPool(f"no worker is left and none can be started: {error}")
+                broken = BrokenProcessPool(
+                    f"A replacement worker process could not be started, and no other is left: {error}"
+                )
                 broken.__cause__ = error
                 self._break(broken)
-                return
-        with pool.lock:
-            pool.fill_all()
+                return False
+        return True
 
     def _has_work_for_another(self) -> bool:
         """Whether a further worker would find something to do.  Lock held."""

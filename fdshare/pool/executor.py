@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import signal
 import threading
 import time
 import weakref
@@ -43,7 +42,7 @@ from fdshare.errors import NotSendableError
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
 from fdshare.pool import manager as managers
 from fdshare.pool.calls import encode_call, typed
-from fdshare.pool.compat import StandardNames
+from fdshare.pool.compat import KILL, TERMINATE, StandardNames
 from fdshare.pool.futures import TaskFuture
 from fdshare.pool.mapping import Slot, map_calls
 from fdshare.pool.pool import Pool
@@ -143,7 +142,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         self._pool = pool
 
         def collected(_: object, pool: Pool = pool) -> None:
-            pool.closing = True
+            pool.closing = pool.collected = True
             pool.wake()
 
         self._collected = weakref.ref(self, collected)
@@ -306,7 +305,7 @@ class ProcessPoolExecutor(StandardNames, Executor):
         Raises:
             PermissionError: a worker has changed its user.
         """
-        self._end_workers(terminate=True)
+        self._force_shutdown(operation=TERMINATE)
 
     def kill_workers(self) -> None:
         """End all workers at once by SIGKILL; tasks that wait are cancelled, those that run fail.
@@ -316,20 +315,23 @@ class ProcessPoolExecutor(StandardNames, Executor):
         Raises:
             PermissionError: a worker has changed its user.
         """
-        self._end_workers(terminate=False)
+        self._force_shutdown(operation=KILL)
 
-    def _end_workers(self, *, terminate: bool) -> None:
+    def _force_shutdown(self, operation: str) -> None:
+        """End all workers; under the standard executor's name, since others put something of their own in its place."""
+        if operation not in (TERMINATE, KILL):
+            raise ValueError(f"Unsupported operation: {operation!r}")
         pool = self._pool
         with pool.lock:
             pool.closing = pool.ended = True
             pool.let_go()
-            if terminate and pool.kill_at is None:
+            if operation == TERMINATE and pool.kill_at is None:
                 pool.kill_at = time.monotonic() + TERMINATE_SECONDS
         pool.withdraw_all(begun_by_order=False)
         pool.wake()
         with pool.lock:
             for worker in pool.workers.values():
-                worker.signal(signal.SIGTERM if terminate else signal.SIGKILL)
+                getattr(worker.process, operation)()
 
 
 class PoolView:

@@ -75,11 +75,10 @@ class Pool(Leaders):
         self.choked = False  # the system refused to carry descriptors: try again soon
         self.outcomes: list[tuple[Task, BaseException]] = []  # tasks to fail once the lock is released
         self.closing = False
-        self.kill_at: float | None = (
-            None  # when terminate_workers has waited for long enough (time.monotonic())
-        )
+        self.kill_at: float | None = None  # when terminate_workers has waited for long enough
         self.start_seconds = START_SECONDS
         self.ended = False  # by terminate_workers or kill_workers: nothing is run again
+        self.collected = False  # the executor is gone
         self.broken: BaseException | None = None
         self.abandoned = False  # in a forked child
         self.forking: tuple[int, set[int], list[Any]] | None = None

@@ -67,6 +67,8 @@ class Started:
             except ProcessLookupError:
                 scarce = True  # it has ended, and somebody has waited for it
         self._keep_one(scarce)
+        # Others have the process object: what it sends must not reach another process either.
+        process._popen._send_signal = self._signal_unless_over
 
     def _keep_one(self, scarce: bool) -> None:
         """Of the descriptors that multiprocessing holds close all that are not needed, two of two or one."""
@@ -171,12 +173,17 @@ class Started:
             PermissionError: it has changed its user.
         """
         try:
-            if self._death is not None:
+            if self._death is not None and not self._death.closed:
                 signal.pidfd_send_signal(self._death.fileno(), number)
             elif not self.has_ended():
                 self._signal_by_number(number)
         except ProcessLookupError:
             pass
+
+    def _signal_unless_over(self, number: int) -> None:
+        """Do what multiprocessing does by the bare number, for ``terminate`` and ``kill`` of its process objects."""
+        if self.process._popen.returncode is None:
+            self.signal(number)
 
     def _signal_by_number(self, number: int) -> None:
         if system.HAVE_PIDFD:
@@ -200,6 +207,7 @@ class Started:
             self._death.close()
         if popen.finalizer is not None:
             popen.finalizer()
+        vars(popen).pop("_send_signal", None)  # which keeps this object alive, as this keeps that
         popen.sentinel = self.process._sentinel = -1
 
 

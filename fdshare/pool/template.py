@@ -300,7 +300,9 @@ def _set_signals() -> Callable[[], None]:
         else:
             continue
         if handler is not None:
-            before[number] = signal.signal(number, wanted)
+            previous = signal.signal(number, wanted)
+            if number != signal.SIGTERM:  # of which a worker must not lose one by ignoring it for a moment
+                before[number] = previous
 
     def restore() -> None:
         for number, handler in before.items():
