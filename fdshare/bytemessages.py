@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fdshare import wire
+from fdshare import preload, wire
 from fdshare.codec import Outgoing
+from fdshare.errors import MessageTooLargeError
 from fdshare.transport import Transport
 
 __all__ = ["ByteMessages"]
@@ -91,7 +92,8 @@ class ByteMessages:
         Raises:
             ValueError: the offset lies outside.
             TypeError: the buffer is read-only.
-            multiprocessing.BufferTooShort: it does not fit; the exception's ``args[0]`` is the message.
+            multiprocessing.BufferTooShort: it does not fit; the exception's ``args[0]`` is the message.  A MessageTooLargeError
+                where multiprocessing cannot be loaded.
             PeerClosedError, ClosedError, TimeoutError, ProtocolError: as for :meth:`recv`.
         """
         view = memoryview(buf).cast("B")
@@ -103,8 +105,13 @@ class ByteMessages:
             raise ValueError("offset too large")
         data = self._recv_slowly(timeout, wire.BYTES)
         if len(data) > len(view) - offset:
-            from multiprocessing import BufferTooShort
-
-            raise BufferTooShort(bytes(data))
+            raise _too_short(bytes(data))
         view[offset : offset + len(data)] = data
         return len(data)
+
+
+def _too_short(data: bytes) -> Exception:
+    multiprocessing = preload.load("multiprocessing")
+    if multiprocessing is not None:
+        return multiprocessing.BufferTooShort(data)  # type: ignore[no-any-return]
+    return MessageTooLargeError(f"{len(data)} bytes do not fit into the buffer")

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 import attrs
 
-from fdshare import alone, mains, reducers
+from fdshare import alone, mains, preload, reducers
 from fdshare import makefiles as _makefiles  # noqa: F401 -- with files.py, registers how files travel
 from fdshare.errors import DecodeError, NotSendableError
 from fdshare.handle import NO_HANDLES, FdHandle, HandleList, Handles
@@ -79,10 +79,8 @@ class Outgoing:
             try:
                 close()
             # The message is out: send must not raise, and the others must be closed.
-            except Exception:
-                import logging
-
-                logging.getLogger("fdshare").warning("closing what was moved failed", exc_info=True)
+            except Exception:  # noqa: BLE001 -- logged
+                preload.warn("closing what was moved failed", exc_info=True)
         self.failed()
 
     def failed(self) -> None:
@@ -248,6 +246,14 @@ def _by_value_encoder() -> type[Any]:
     return ByValueEncoder
 
 
+def _second_encoder() -> Any:
+    """Return what encodes where pickle cannot; where cloudpickle is out of reach, pickle, which names what it does not take."""
+    try:
+        return _by_value_encoder()()
+    except (ImportError, OSError):
+        return _Encoder()
+
+
 _spare: list[_Encoder] = []
 _take_spare, _keep_spare = _spare.pop, _spare.append
 
@@ -388,7 +394,7 @@ def _encode_otherwise(obj: Any, first: Exception, alike: bool) -> bytes | Outgoi
     by_name = of_main and mains.importable() is mains.Importable.BY_FORKS
     if by_name and alike and (named := _try_by_name(obj)) is not None:
         return named
-    error = _try(_by_value_encoder()(), obj) if of_main or not refused else first
+    error = _try(_second_encoder(), obj) if of_main or not refused else first
     if isinstance(error, Outgoing):
         return error
     if by_name and not alike and (named := _try_by_name(obj)) is not None:
@@ -446,7 +452,7 @@ def _find_culprit(obj: Any, error: Exception) -> tuple[str, Any, Exception]:
             if probes > _MAX_PROBES or time.monotonic() > until:
                 return path, obj, error
             seen.add(id(child))
-            failure = _try(_by_value_encoder()(), child)
+            failure = _try(_second_encoder(), child)
             if isinstance(failure, Outgoing):
                 failure.failed()
                 continue

@@ -6,7 +6,9 @@ A policy is any callable that takes the peer's :class:`PeerCredentials` and tell
 from __future__ import annotations
 
 import errno
+import grp
 import os
+import pwd
 import socket
 import struct
 import sys
@@ -192,8 +194,6 @@ class _Groups:
 
 def _groups_by_name(uid: int, gid: int) -> list[int]:
     """Return the groups that the system's database gives to a user; none for an unknown one."""
-    import pwd
-
     try:
         return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
     except (KeyError, OSError):
@@ -210,8 +210,6 @@ def users(*names_or_uids: str | int) -> Policy:
         LookupError: no such user.
         TypeError: neither a name nor a number.
     """
-    import pwd
-
     return _Users(frozenset(_number(one, lambda name: pwd.getpwnam(name).pw_uid) for one in names_or_uids))
 
 
@@ -225,9 +223,6 @@ def groups(*names_or_gids: str | int) -> Policy:
         LookupError: no such group.
         TypeError: neither a name nor a number.
     """
-    import grp
-    import pwd  # noqa: F401 -- for _groups_by_name, which may be asked after a chroot
-
     return _Groups(frozenset(_number(one, lambda name: grp.getgrnam(name).gr_gid) for one in names_or_gids))
 
 

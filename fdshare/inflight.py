@@ -23,7 +23,7 @@ from collections import deque
 from itertools import starmap
 from typing import Protocol
 
-from fdshare import locks
+from fdshare import locks, preload
 from fdshare.errors import ClosedError, FdLimitError
 
 __all__ = ["DEFAULT_MAX_INFLIGHT", "InFlight", "Reservation", "Untaken", "unread_bytes"]
@@ -237,9 +237,7 @@ class Untaken:
 
 
 def _warn_of_deadlock(bound: int) -> None:
-    import logging
-
-    logging.getLogger("fdshare").warning(
+    preload.warn(
         "a send has waited %.0f s for the receiver to take %d bytes (max_inflight), with unread messages on this side: "
         "if the receiver is sending too, one of the two must receive first",
         WARN_SECONDS,

@@ -274,7 +274,10 @@ else:
         try:
             prepare_to_map()
             import ctypes
-        except ImportError:  # out of reach, as after a change of root or user: the same, more slowly
+        except (
+            ImportError,
+            OSError,
+        ):  # out of reach, as after a change of root or user: the same, more slowly
             return _read(fd, size)
         mapping = mmap.mmap(-1, size, flags=_ANONYMOUS)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from itertools import repeat, starmap
 from typing import TYPE_CHECKING
 
-from fdshare import holders, locks, memory, system
+from fdshare import holders, locks, memory, preload, system
 from fdshare.errors import DecodeError
 from fdshare.handle import own
 from fdshare.handlers import is_from_handler
@@ -63,6 +63,8 @@ __all__ = [
     "make_mutex",
     "open_mutex",
 ]
+
+preload.load("ctypes")  # a lock may arrive after a change of root or user
 
 BUSY = errno.EBUSY
 OWNER_DIED: int = getattr(errno, "EOWNERDEAD", 130)  # absent where there are no robust mutexes

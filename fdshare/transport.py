@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from itertools import repeat, starmap
 from typing import Any, NamedTuple, Protocol
 
-from fdshare import locks, memory, recycle, rights, wire
+from fdshare import locks, memory, preload, recycle, rights, wire
 from fdshare.blocking import TICK_MILLISECONDS, Waker, wait_beside, wake
 from fdshare.disposal import dispose, forks
 from fdshare.errors import (
@@ -120,6 +120,7 @@ class Transport:
     _writing = OnFirstUse(lambda transport: locks.make_rlock())
 
     def __init__(self, sock: socket.socket, max_inflight: int = DEFAULT_MAX_INFLIGHT) -> None:
+        preload.prepare()  # for listeners and queues, too, which are transports underneath
         self.sock = sock
         self._max_inflight = max_inflight
         self._fork_count = _fork_count

@@ -10,6 +10,7 @@ would spin.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 -- for run_in_executor, which would import it late: see preload.py
 import os
 import select
 import socket
