@@ -18,7 +18,7 @@ import pytest
 from helpers import compose, limit_for, verify, wait_until
 
 import fdshare
-from fdshare import Channel, ChannelSet, FdLimitError, credentials, memory, rights, sync, system, waiting
+from fdshare import Channel, ChannelSet, FdLimitError, credentials, memory, rights, sync, system
 from fdshare.errors import DescriptorsLostError
 from fdshare.pool import deaths, manager
 from fdshare.testing import ChannelConformance, checked_child
@@ -236,7 +236,6 @@ def test_descriptors_are_counted_without_a_listing(monkeypatch: pytest.MonkeyPat
 
 def test_a_set_that_stands_on_poll_forgets_what_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selectors, "DefaultSelector", selectors.PollSelector)
-    monkeypatch.setattr(waiting, "_KEEPS_CLOSED", True)
     (a, b), (c, d) = fdshare.Pipe(), fdshare.Pipe()
     with a, b, c, d, ChannelSet([b, d]) as channels:
         b.close()
