@@ -150,12 +150,24 @@ def serve(worker: Channel, policy: Policy) -> None:
         except OSError:
             return
         try:
-            worker.send(reply, timeout=PATIENCE)
+            give(worker, reply)
         except OSError:
             return
         finally:
             if isinstance(reply, Opened):
                 reply.file.close()
+
+
+def give(worker: Channel, reply: Opened | Refused) -> None:
+    """Send an answer; a refusal in the place of a file that is none of a file system, though its mode is a regular one's.
+
+    Raises:
+        OSError: the worker is gone, or does not take it.
+    """
+    try:
+        worker.send(reply, timeout=PATIENCE)
+    except NotSendableError as error:  # as those below /proc and /sys
+        worker.send(Refused(shown(str(error))), timeout=PATIENCE)
 
 
 # --- the worker, which is nobody ---------------------------------------------------------------------------------------

@@ -67,8 +67,9 @@ FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.01, 1.0
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """What passes by itself once others have closed something."""
 
-MAX_LATE = 128
-"""Connections that ``accept`` looks at after its time is up, where those before them were refused."""
+LATE_SECONDS = 0.02
+"""How long after its time is up ``accept`` still looks at who is queued, where those before were refused: a refusal takes
+0.1 ms, and milliseconds where hundreds of descriptors have come with it."""
 
 
 class _Door(Transport):
@@ -177,16 +178,14 @@ class Listener(Closing):
             if channel is not None:
                 return channel
         deadline = None if timeout is None else time.monotonic() + timeout
-        late = 0
-        while late < MAX_LATE:
+        while True:
             self._wait(deadline)
             sock = self._accept_now()
             channel = None if sock is None else self._admit(sock)
             if channel is not None:
                 return channel
-            if deadline is not None and time.monotonic() >= deadline:
-                late += 1
-        raise TimeoutError("nobody connected who is admitted")
+            if deadline is not None and time.monotonic() >= deadline + LATE_SECONDS:
+                raise TimeoutError("nobody connected who is admitted")
 
     def __iter__(self) -> Iterator[Channel]:
         """Yield a channel for each peer, until the listener is closed.

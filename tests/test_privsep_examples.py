@@ -176,3 +176,10 @@ def test_a_path_that_goes_into_no_message_is_refused(allowed: Path) -> None:
     assert str(allowed / "plain") in out
     assert "\\x1b[2J: refused" in out
     assert "\x1b" not in out
+
+
+@needs_root
+def test_a_file_that_the_kernel_makes_up_is_refused(allowed: Path) -> None:
+    out = run(EXAMPLE, "--allow", "/proc", "--allow", allowed, "/proc/version", allowed / "plain", status=1)
+    assert "/proc/version: refused: cannot send message.file" in out
+    assert f"  {allowed / 'plain'}" in out

@@ -162,6 +162,41 @@ def test_refused_stranger_keeps_no_event_loop(run: Run, path: str, transport: st
     run(main)
 
 
+def slowly(peer: object) -> bool:
+    """A refusal that takes long, as where hundreds of descriptors are to be closed."""
+    time.sleep(0.01)
+    return False
+
+
+def test_many_who_are_refused_do_not_keep_accept_beyond_its_time(path: str) -> None:
+    with Listener(path, allow=slowly) as listener, contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(raw(path, "seqpacket"))
+
+        def accept() -> None:
+            with pytest.raises(TimeoutError):
+                listener.accept(timeout=0)
+
+        assert took(accept) < 0.5
+
+
+def test_many_who_are_refused_leave_turns_to_the_event_loop(run: Run, path: str) -> None:
+    async def main() -> None:
+        async with aio.Listener(path, allow=slowly) as listener:
+            with contextlib.ExitStack() as stack:
+                for _ in range(50):
+                    stack.enter_context(raw(path, "seqpacket"))
+                before = time.monotonic()
+                task = asyncio.create_task(listener.accept())
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                assert time.monotonic() - before < 0.4
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    run(main)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_more_strangers_than_threads(path: str, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond those a process takes them along, which has no time to linger."""

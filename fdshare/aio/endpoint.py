@@ -134,7 +134,7 @@ class Listener(Held):
             turn.taken = True
         try:
             while True:
-                if not self._credit:  # many at once, or many who are refused
+                if not self._credit:  # many at once, or somebody was refused
                     self._credit = BURST  # at once, see AsyncEnd._pause
                     await waits.sleep(0)
                 listener._check_open()
@@ -147,6 +147,7 @@ class Listener(Held):
                 channel = listener._admit(sock)
                 if channel is not None:
                     return self._make_channel(channel)
+                self._credit = 0  # it takes milliseconds where hundreds of descriptors have come with it
         finally:
             turn.leave()
 
