@@ -155,7 +155,8 @@ class Channel(ByteMessages, Closing):
             # What came is this call's alone until it says otherwise: threads that C has made may be here too.
             arrived: Any = None
             try:
-                if transport.input.poll(TICK_MILLISECONDS):
+                transport.looks = looks = transport.looks - 1
+                if looks < 0 or transport.input.poll(TICK_MILLISECONDS):
                     for arrived in transport.arrivals_now:  # noqa: B007 -- stored without a gap, see transport.py
                         break
                     data, ancillary, _, _ = arrived
@@ -171,7 +172,8 @@ class Channel(ByteMessages, Closing):
                     raise_undecodable(error)
                 if is_from_handler(error):
                     raise
-                # closed, or a signal handler receives in the middle of this: the slow path tells
+                transport.found_nothing()
+                # nothing there yet, closed, or a signal handler receives in the middle of this: the slow path tells
             if transport.arrived is not None and not ancillary and data[:1] == _NOTICE_MARK:
                 few = transport.receive_few()
                 if few is not None:

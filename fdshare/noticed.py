@@ -13,14 +13,18 @@ from __future__ import annotations
 from fdshare import wire
 from fdshare.errors import ProtocolError
 
-__all__ = ["BUNDLE", "Noticed", "header_or_none", "needed", "notice_or_none"]
+__all__ = ["BUNDLE", "KINDS", "Noticed", "header_or_none", "needed"]
 
 BUNDLE = 0
 """The kind of those that bring a bundle."""
 
 
+KINDS = tuple(1 << (count - 1).bit_length() for count in range(wire.MAX_FDS_PER_PACKET + 1))
+"""The kind of packets with so many descriptors, and no bundle."""
+
+
 def _kind(header: wire.Header) -> int:
-    return BUNDLE if header.flags & wire.BUNDLE else 1 << (header.carried - 1).bit_length()
+    return BUNDLE if header.flags & wire.BUNDLE else KINDS[header.carried]
 
 
 class Noticed(dict[int, int]):
@@ -58,13 +62,5 @@ def header_or_none(data: bytes) -> wire.Header | None:
     """Return the header at the start of ``data``, None where there is none."""
     try:
         return wire.unpack(data)
-    except ProtocolError:
-        return None
-
-
-def notice_or_none(data: bytes) -> wire.Header | None:
-    """Return the notice that ``data`` is, None where it is none."""
-    try:
-        return wire.unpack_notice(data)
     except ProtocolError:
         return None

@@ -47,8 +47,14 @@ from fdshare.inflight import DEFAULT_MAX_INFLIGHT, DRAIN_SECONDS, TICK_SECONDS, 
 from fdshare.native import IN, Poll, make_poll
 from fdshare.rights import Arrived
 
-__all__ = ["Packet", "Transport"]
+__all__ = ["FEWEST_LOOKS", "MANY_UNSEEN", "Packet", "Transport"]
 
+FEWEST_LOOKS, MOST_LOOKS = 8, 512
+"""How many reads begin with a look after one that did not and found nothing, which costs ten times what a look does.  Twice as
+many each time, unless it was worth that."""
+
+MANY_UNSEEN = 64
+"""After so many reads without a look, one that finds nothing was worth its cost."""
 
 _fork_count = 0
 
@@ -108,6 +114,8 @@ class Transport:
     max_untaken: float | None = math.inf  # descriptors; None for a part of the system's limit
     bare = False  # whether packets without a header are spoken here
     plain = False  # whether the next packet may be taken without looking for room first
+    looks = FEWEST_LOOKS  # how many reads to come begin with one; below zero, how many did not
+    _next_looks = FEWEST_LOOKS
     _control = rights.CONTROL_SIZE
     _sent = 0  # bytes of the present frame that the kernel has; for streams
 
@@ -351,6 +359,11 @@ class Transport:
                 self.input.poll(TICK_MILLISECONDS)
             except RuntimeError:
                 pass  # a signal handler receives in the middle of this
+
+    def found_nothing(self) -> None:
+        """Look before the next reads again: messages do not come faster than they are taken."""
+        many = self.looks < -MANY_UNSEEN
+        self.looks = self._next_looks = FEWEST_LOOKS if many else min(2 * self._next_looks, MOST_LOOKS)
 
     def _receive_now(self) -> Packet | None:
         raise NotImplementedError

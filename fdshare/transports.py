@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import select
 import socket
 import threading
@@ -19,7 +20,7 @@ from fdshare.errors import DecodeError, PeerClosedError, ProtocolError
 from fdshare.handle import NO_HANDLES, HandleList
 from fdshare.handlers import is_from_handler
 from fdshare.inflight import DEFAULT_MAX_INFLIGHT
-from fdshare.noticed import BUNDLE, Noticed, header_or_none, needed, notice_or_none
+from fdshare.noticed import BUNDLE, KINDS, Noticed, header_or_none, needed
 from fdshare.rights import Arrived
 from fdshare.transport import Packet, Transport
 
@@ -115,7 +116,9 @@ class SeqpacketTransport(_Greeted):
         size = len(payload[0])
         if size > wire.ALWAYS_INLINE or not (self.takes is None or self.takes.few(count, size)):
             return False
-        if not self.untaken.fits(count):
+        untaken = self.untaken
+        bounded = untaken.limit != math.inf
+        if bounded and not untaken.fits(count):
             return False
         header = _few_header(count, wire.HEADER_SIZE + size) + wire.nonce().to_bytes(8, "little")
         try:
@@ -124,7 +127,8 @@ class SeqpacketTransport(_Greeted):
                 True  # a second notice would stay with the receiver, which looks for room for each
             )
             self.sock.sendmsg((header, payload[0]), rights.rights(fds), rights.SEND_NOW)
-            self.untaken.note(count)
+            if bounded:
+                untaken.note(count)
         except OSError as error:  # full, closed, a bad descriptor: the long way tells
             if is_from_handler(error):
                 raise
@@ -155,13 +159,15 @@ class SeqpacketTransport(_Greeted):
         if python_threads():
             return None
         try:
-            if not self.input.poll(TICK_MILLISECONDS):
+            self.looks -= 1
+            if self.looks >= 0 and not self.input.poll(TICK_MILLISECONDS):
                 return None
             for self.arrived in self.arrivals_now:  # noqa: B020 -- see transport.py
                 break
         except (OSError, RuntimeError) as error:
             if is_from_handler(error):
                 raise
+            self.found_nothing()
             return None
         arrived: Any = self.arrived
         data, ancillary, flags, _ = arrived
@@ -181,14 +187,17 @@ class SeqpacketTransport(_Greeted):
         Only while there is no other thread.  Whatever is unusual is left as it is, for ``receive``
         to go on from there.
         """
-        notice = notice_or_none(self.arrived[0])
-        if notice is None or notice.flags or self._noticed:
+        try:
+            notice = wire.unpack_notice(self.arrived[0])
+        except ProtocolError:
+            return None
+        if notice.flags or self._noticed:
             return None
         count = notice.descriptors
         if not rights.is_top_free(count):
             return None
         self.plain = False
-        self._noticed.add(notice)
+        self._noticed[KINDS[count]] = 1
         self.arrived = None
         try:
             for self.arrived in map(Arrived, self.arrivals_now):  # noqa: B020 -- see transport.py

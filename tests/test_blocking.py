@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import pytest
 from helpers import running
 
 import fdshare
-from fdshare import ClosedError, rights
+from fdshare import Channel, ClosedError, rights
 from fdshare.blocking import other_threads, python_threads
 from fdshare.testing import checked_child
+from fdshare.transport import FEWEST_LOOKS, MANY_UNSEEN
 
 _START = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 
@@ -35,6 +37,13 @@ class ThreadOfC:
         assert not self._library.pthread_join(self._id, None)
 
 
+def _flow(far: Channel, near: Channel, messages: int = FEWEST_LOOKS + MANY_UNSEEN + 1) -> None:
+    """Pass so many that reads no longer begin with a look."""
+    for number in range(messages):
+        far.send(number)
+    assert [near.recv() for _ in range(messages)] == list(range(messages))
+
+
 def _closed_by_a_thread_of_c(make: str) -> None:
     ready, go = os.pipe()
     if make == "listener":
@@ -49,8 +58,10 @@ def _closed_by_a_thread_of_c(make: str) -> None:
         thing = fdshare.Event()
         wait, others = thing.wait, []
     else:
-        thing, far = fdshare.Pipe(transport=make)
+        thing, far = fdshare.Pipe(transport=make.removesuffix(" in a flow"))
         wait, others = thing.recv, [far]
+        if make.endswith(" in a flow"):
+            _flow(far, thing)
 
     def close_soon() -> None:
         os.read(ready, 1)
@@ -69,9 +80,27 @@ def _closed_by_a_thread_of_c(make: str) -> None:
     os.close(go)
 
 
-@pytest.mark.parametrize("make", ["seqpacket", "stream", "listener", "set", "event"])
+@pytest.mark.parametrize("make", ["seqpacket", "seqpacket in a flow", "stream", "listener", "set", "event"])
 def test_a_close_by_a_thread_of_c_ends_a_wait(make: str) -> None:
     checked_child(_closed_by_a_thread_of_c, make, method="forkserver")
+
+
+def _looked_for() -> None:
+    near, far = fdshare.Pipe()
+    with near, far:
+        _flow(far, near)
+        assert near._transport.looks < -MANY_UNSEEN
+        signal.signal(signal.SIGALRM, lambda *_: far.send("late"))
+        signal.setitimer(signal.ITIMER_REAL, 0.02)  # into the wait: the read before it has found nothing
+        assert near.recv() == "late"
+        assert near._transport.looks == FEWEST_LOOKS
+        far.send("next")
+        assert near.recv() == "next"
+        assert near._transport.looks == FEWEST_LOOKS - 1
+
+
+def test_reads_of_a_flow_begin_without_a_look_until_one_finds_nothing() -> None:
+    checked_child(_looked_for, method="forkserver")
 
 
 def _received_beside_a_thread_of_c() -> None:
