@@ -9,6 +9,7 @@ from __future__ import annotations
 import _socket
 import _thread
 import importlib.util
+import posix
 import select
 import time
 import types
@@ -26,24 +27,40 @@ else:
         if (cls.__module__, cls.__qualname__) == ("socket", "socket")
     )
 
-__all__ = ["IN", "Poll", "Socket", "allocate_lock", "is_patched", "make_poll", "poll", "start_new_thread"]
+__all__ = [
+    "IN",
+    "Poll",
+    "Socket",
+    "allocate_lock",
+    "epoll",
+    "has_green_threads",
+    "is_patched",
+    "make_poll",
+    "poll",
+    "start_new_thread",
+    "waitpid",
+]
 
 
 def _original(module: types.ModuleType, name: str) -> Any:
-    """Return what a module of C has under this name when it is loaded."""
+    """Return what a module of C has under this name when it is loaded, None where that is nothing."""
     found = getattr(module, name, None)
     if isinstance(found, types.BuiltinFunctionType):
+        return found
+    if isinstance(found, type) and found.__module__ == module.__name__:
         return found
     spec = importlib.util.find_spec(module.__name__)
     assert spec is not None
     assert spec.loader is not None
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
-    return getattr(fresh, name)
+    return getattr(fresh, name, None)
 
 
 poll: type[select.poll] = _original(select, "poll")
 """poll(2), which blocks the whole thread."""
+epoll: type[select.epoll] = _original(select, "epoll")
+"""The same of epoll(7), None where there is none: those who put something in place of ``select`` take it away."""
 
 
 start_new_thread: Callable[[Callable[..., object], tuple[Any, ...]], int] = _original(
@@ -51,12 +68,19 @@ start_new_thread: Callable[[Callable[..., object], tuple[Any, ...]], int] = _ori
 )
 allocate_lock: Callable[[], _thread.LockType] = _original(_thread, "allocate_lock")
 """A thread of the system, for what blocks it whole, and a lock to wait for it with."""
+waitpid: Callable[[int, int], tuple[int, int]] = _original(posix, "waitpid")
+"""That of the module ``os`` may be another's, which waits by the event loop of the main thread."""
 _select = _original(select, "select")
 
 
 def is_patched() -> bool:
     """Whether waiting lets others of this thread run, who may do anything meanwhile: as beside other threads."""
     return select.select is not _select
+
+
+def has_green_threads() -> bool:
+    """Whether what threading starts are no threads of the system, so that one that blocks would block all."""
+    return _thread.start_new_thread is not start_new_thread
 
 
 IN, OUT = select.POLLIN, select.POLLOUT

@@ -9,11 +9,12 @@ import errno
 import fcntl
 import os
 import resource
-import select
 import socket
 import struct
 import sys
 from collections.abc import Callable
+
+from fdshare import native
 
 __all__ = ["HAVE_EPOLL", "HAVE_EVENTFD", "HAVE_MEMFD", "HAVE_PIDFD", "HAVE_SEQPACKET"]
 
@@ -49,11 +50,11 @@ HAVE_PIDFD = is_given(lambda: os.pidfd_open(os.getpid()))
 
 
 def _make_epoll() -> int:
-    with select.epoll() as epoll:
+    with native.epoll() as epoll:
         return os.dup(epoll.fileno())
 
 
-HAVE_EPOLL = is_given(_make_epoll)
+HAVE_EPOLL = native.epoll is not None and is_given(_make_epoll)
 """epoll: Linux."""
 
 

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
-from fdshare import recycle, system
+from fdshare import native, recycle, system
 from fdshare.blocking import TICK_SECONDS
 
 __all__ = ["AsyncioWaits", "InLoop", "Turn", "Waits", "always"]
@@ -276,7 +276,7 @@ class _Direction:
     def _nest(self) -> int:
         """Return an epoll that is readable when the socket is ready."""
         if self._nested is None:
-            nested = select.epoll()
+            nested = native.epoll()
             nested.register(self._fd, select.EPOLLOUT if self._writing else select.EPOLLIN)
             self._nested = nested
         return self._nested.fileno()

@@ -53,7 +53,7 @@ class _EpollPoller:
     sees_changes = True
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
+        self._epoll = native.epoll()
         self._data: dict[int, Any] = {}
 
     def register(self, fd: int, data: Any) -> None:
@@ -93,5 +93,10 @@ class _EpollPoller:
 
 
 def Poller() -> _EpollPoller | _SelectorPoller:  # noqa: N802 -- makes one
-    """Return the best poller that there is now; where waiting is cooperative, that goes by selectors."""
-    return _EpollPoller() if system.HAVE_EPOLL and not native.is_patched() else _SelectorPoller()
+    """Return the best poller that there is now; where the pool's thread is a greenlet, that goes by selectors.
+
+    Beside real threads it must be the system's own, however others wait: a selector of gevent belongs to the event loop of the
+    thread that registers, and the pool's own thread would wait in it for nothing.
+    """
+    green = native.is_patched() and native.has_green_threads()
+    return _EpollPoller() if system.HAVE_EPOLL and not green else _SelectorPoller()

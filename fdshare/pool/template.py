@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from fdshare import locks, system
+from fdshare import locks, native, system
 from fdshare.channel import Channel, Pipe
 from fdshare.errors import FdShareError
 from fdshare.handle import FdHandle, move, own, own_pipe
@@ -133,10 +133,10 @@ class Template:
         pid, self._pid = self._pid, -1
         if pid > 0:
             try:
-                if os.waitpid(pid, os.WNOHANG)[0]:
+                if native.waitpid(pid, os.WNOHANG)[0]:
                     return
                 os.kill(pid, signal.SIGKILL)  # it holds nothing that needs an end
-                os.waitpid(pid, 0)
+                native.waitpid(pid, 0)
             except (ChildProcessError, ProcessLookupError):
                 pass  # somebody else has waited for it
 
