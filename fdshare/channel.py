@@ -317,6 +317,8 @@ class Channel(ByteMessages, Closing):
     def close(self) -> None:
         """Close this end; whoever is blocked in it gets ClosedError, the peer PeerClosedError.  Twice is harmless.
 
+        A thread that began to wait less than 0.05 s ago may go on waiting for so long.
+
         Raises:
             OSError: as close(2).
         """

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import running
+from helpers import running, wait_until
 
 import fdshare
 from fdshare import Channel, ClosedError, rights
-from fdshare.blocking import other_threads, python_threads
+from fdshare.blocking import TICK_SECONDS, other_threads, python_threads
 from fdshare.testing import checked_child
 from fdshare.transport import FEWEST_LOOKS, MANY_UNSEEN
 
@@ -128,6 +128,28 @@ def _received_beside_a_thread_of_c() -> None:
     os.waitpid(pid, 0)
     far.close()
     assert sorted(mine + theirs) == list(range(count))
+
+
+@pytest.mark.parametrize("transport", ["seqpacket", "stream"])
+def test_a_close_beside_a_thread_of_python_waits_for_no_tick(transport: str) -> None:
+    """What wakes the wait is there from its beginning; the best of some, as the machine may be busy."""
+
+    def seconds_until_it_can_be_woken() -> float:
+        near, far = fdshare.Pipe(transport=transport)
+        with far, near:
+
+            def wait() -> None:
+                with pytest.raises(ClosedError):
+                    near.recv(timeout=30)
+
+            begin = time.monotonic()
+            with running(wait):
+                wait_until(lambda: bool(near._transport._wakers))
+                seconds = time.monotonic() - begin
+                near.close()
+        return seconds
+
+    assert min(seconds_until_it_can_be_woken() for _ in range(8)) < TICK_SECONDS / 2
 
 
 def test_nothing_arrives_twice_beside_a_thread_of_c() -> None:
