@@ -26,6 +26,7 @@ from unix_sockets import socket_kind, type_of
 
 import fdshare
 from fdshare import cli
+from fdshare.command import exchange
 from fdshare.command.arrivals import find_items, is_plain, listen_name, shortened
 
 __all__ = ["compiled_programs", "socket_kind"]  # fixtures
@@ -279,6 +280,36 @@ def test_raw_at_an_abstract_name_is_for_one_user(connects: str, file: Path) -> N
         both = run_as_nobody(*calling, "--raw", "--any-user", PATIENCE)
         assert both.returncode == 0, both.stderr
         assert listener.wait(TIMEOUT) == 0
+
+
+def test_strangers_without_end_do_not_keep_a_raw_receiver_beyond_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    enough = 100
+    with contextlib.ExitStack() as stack, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # at an abstract name that the kernel chooses
+        listener.listen(enough + 1)
+        came: list[socket.socket] = []
+
+        def refuse(meeting: exchange.Meeting, sock: socket.socket, name: object) -> bool:
+            if len(came) < enough:
+                came.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+                came[-1].connect(listener.getsockname())
+            return False
+
+        monkeypatch.setattr(exchange.Meeting, "admits", refuse)
+        meeting = exchange.Meeting(
+            address=f"fd:{listener.fileno()}",
+            listens=True,
+            raw=True,
+            any_user=False,
+            transport=None,
+            timeout=0,
+        )
+        refuse(meeting, listener, b"")
+        with pytest.raises(TimeoutError, match="nobody connected"):
+            exchange._accept_raw(meeting, "stream")
+    assert len(came) < enough
 
 
 def test_raw_at_a_path_is_for_whom_the_mode_lets_in(address: str, file: Path) -> None:

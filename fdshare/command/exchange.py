@@ -181,6 +181,8 @@ def _accept_raw(meeting: Meeting, transport: str) -> socket.socket:
                     return sock
                 _note(f"another user has come to {meeting.address}, and was refused")
                 dispose(sock, alone=True)
+                if _left(deadline) == 0:  # whoever still comes: strangers without end would keep us
+                    break
     finally:
         if identity is not None:
             remove(os.path.abspath(meeting.place), identity)
