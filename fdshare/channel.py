@@ -26,7 +26,7 @@ from fdshare.blocking import TICK_MILLISECONDS, python_threads
 from fdshare.bytemessages import ByteMessages
 from fdshare.choosing import socketpair, transport_of
 from fdshare.closing import Closing
-from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, raise_undecodable
+from fdshare.codec import Codec, Incoming, Outgoing, PickleCodec, decode_bare, raise_undecodable
 from fdshare.credentials import PeerCredentials, peer_credentials
 from fdshare.errors import PeerClosedError, ProtocolError
 from fdshare.handle import FdHandle, Outside, to_socket
@@ -287,11 +287,17 @@ class Channel(ByteMessages, Closing):
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             few = None if self._framed is None or timeout is not None else self._framed.receive_framed()
-            message = self._open(self._transport.receive(deadline)) if few is None else Incoming(*few)
+            message: bytes | Incoming
+            if few is not None:
+                message = Incoming(*few)
+            else:
+                packet = self._transport.receive(deadline)
+                bare = packet.header is None and type == wire.MESSAGE
+                message = packet.payload if bare else self._open(packet)
         except ProtocolError:
             self.close()
             raise
-        return self._decode(message, type)
+        return decode_bare(message) if isinstance(message, bytes) else self._decode(message, type)
 
     def _open(self, packet: Packet) -> Incoming:
         return packets.open_packet(*packet, trusted=self._codec is _PICKLE)

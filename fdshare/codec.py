@@ -29,7 +29,7 @@ from fdshare.handlers import is_from_handler
 from fdshare.parts import parts_of
 from fdshare.wire import ALWAYS_INLINE, MAX_FDS_PER_PACKET, MAX_INLINE
 
-__all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec"]
+__all__ = ["Codec", "Incoming", "Outgoing", "PickleCodec", "decode_bare"]
 
 PROTOCOL = 5
 """The pickle protocol: the first with out-of-band buffers (PEP 574), of Python 3.8."""
@@ -382,6 +382,18 @@ def raise_undecodable(error: Exception) -> NoReturn:
     if refusal is error:
         raise error
     raise refusal from error
+
+
+def decode_bare(data: bytes) -> Any:
+    """Rebuild what a bare pickle holds.
+
+    Raises:
+        DecodeError: it cannot be rebuilt here.
+    """
+    try:
+        return pickle.loads(data)
+    except Exception as error:  # noqa: BLE001 -- raised again
+        raise_undecodable(error)
 
 
 # --- when pickle fails: cloudpickle, and then an error that says where -----------------------------------------

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdshare import native, packets, recycle, reducers, rights, wire
 from fdshare.blocking import python_threads
-from fdshare.codec import Outgoing, PickleCodec, raise_undecodable
+from fdshare.codec import Outgoing, PickleCodec, decode_bare, raise_undecodable
 from fdshare.ends import Inlet, Outlet, make_pair, time_limit
 from fdshare.errors import ClosedError, PeerClosedError, QueueClosedError, QueueEmptyError, QueueFullError
 from fdshare.handle import Outside, to_socket
@@ -273,7 +273,7 @@ class Queue:
                     self._note_end()
                     raise QueueClosedError
                 if data[0] == _PICKLE_MARK:
-                    return _decode_bare(data)
+                    return decode_bare(data)
             if type(arrived) is tuple:
                 for arrived in map(Arrived, (arrived,)):  # noqa: B007, B020
                     break
@@ -443,13 +443,6 @@ class Queue:
     def __reduce__(self) -> tuple[Any, ...]:
         """How any pickler but a channel's takes it: inherited while multiprocessing starts a process, else by the broker."""
         return Outside.reduce(self)
-
-
-def _decode_bare(data: bytes) -> Any:
-    try:
-        return _loads(data)
-    except Exception as error:  # noqa: BLE001 -- raised again
-        raise_undecodable(error)
 
 
 def _close_left(arrived: Any) -> None:
