@@ -73,15 +73,22 @@ class Outgoing:
     _temporaries: list[FdHandle] = attrs.field(factory=list)
 
     def sent(self) -> None:
-        """The kernel has it: close what was moved."""
+        """The kernel has it: close what was moved.  What a signal handler raises meanwhile comes out after that."""
         consumed, self._consumed = self._consumed, []
+        raised = None
         for close in consumed:
             try:
                 close()
-            # The message is out: send must not raise, and the others must be closed.
-            except Exception:  # noqa: BLE001 -- logged
-                preload.warn("closing what was moved failed", exc_info=True)
+            # The message is out: what is no interrupt must not come out of send, and the others must be closed.
+            except BaseException as error:  # noqa: BLE001 -- raised below
+                if isinstance(error, Exception) and not is_from_handler(error):
+                    preload.warn("closing what was moved failed", exc_info=True)
+                else:
+                    consumed.append(close)  # again, last: it may have been ahead of the close
+                    raised = error
         self.failed()
+        if raised is not None:
+            raise raised
 
     def failed(self) -> None:
         """It will not be sent: let go of everything, and leave what was to be moved with its owner."""

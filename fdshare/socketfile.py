@@ -246,14 +246,14 @@ def _enter(place: _Place, private: str) -> FdHandle | None:
     """Open a private directory of this user; None where there is none of that name.
 
     Raises:
-        PermissionError: it may not be read.
+        OSError: it may not be read, or no descriptor is left.
     """
     try:
         handle = own(partial(os.open, dir_fd=place.parent), private, _OURS)
-    except PermissionError:
-        raise
-    except OSError:  # gone, or no directory
-        return None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
+            raise
+        return None  # gone, or no directory
     found = os.fstat(handle.fileno())
     if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
         return handle

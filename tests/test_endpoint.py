@@ -324,6 +324,28 @@ def test_keyboard_interrupt_while_accepting(path: str, timeout: float | None) ->
             assert server.recv() == 1
 
 
+@pytest.mark.parametrize("left", range(1, 3))
+def test_no_descriptor_left_for_a_listener(path: str, left: int) -> None:
+    """That is what the error says, however far it has come."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    Listener(path).close()  # what is loaded late is loaded
+    fillers: list[FdHandle] = []
+    with contextlib.ExitStack() as filler:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_numbers()) + 5, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    fillers.append(filler.enter_context(FdHandle(os.dup(0))))
+            for _ in range(left):
+                fillers.pop().close()
+            with pytest.raises(OSError, match="Too many open files"):
+                Listener(path).close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with Listener(path), connect(path):
+        pass
+
+
 @pytest.mark.parametrize("timeout", [None, 20.0])
 def test_no_descriptor_left_for_a_connection(path: str, timeout: float | None) -> None:
     """The connection stays queued, and accept gives it once there is room."""

@@ -9,6 +9,7 @@ import gc
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -19,7 +20,7 @@ import pytest
 from helpers import compose, running, send_all, verify
 
 import fdshare
-from fdshare import Channel, FdHandle, PeerClosedError
+from fdshare import Channel, FdHandle, PeerClosedError, move
 from fdshare.testing import checked_child
 
 
@@ -265,6 +266,30 @@ def test_what_a_handler_raises_while_a_message_is_encoded_is_not_taken_for_a_ref
             a.send([Interrupted(here=True)])
         a.send("next")
         assert b.recv() == "next"
+
+
+def test_what_a_handler_raises_while_the_moved_is_closed(
+    transport: str, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = socket.socket.close
+
+    signals = iter([signal.SIGUSR1])
+
+    def close_interrupted(sock: socket.socket) -> None:
+        for number in signals:
+            signal.raise_signal(number)
+        close(sock)
+
+    a, b = fdshare.Pipe(transport=transport)
+    ours, theirs = socket.socketpair()
+    with a, b, ours, theirs:
+        monkeypatch.setattr(socket.socket, "close", close_interrupted)
+        with pytest.raises(raised):
+            a.send([move(ours), move(theirs)])
+        monkeypatch.undo()
+        assert (ours.fileno(), theirs.fileno()) == (-1, -1)
+        for sock in b.recv():  # the message is out
+            sock.close()
 
 
 def test_what_a_handler_raises_while_an_item_is_rebuilt(raised: type[Exception]) -> None:
