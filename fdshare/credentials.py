@@ -138,7 +138,8 @@ def _every_user_has_a_number() -> bool:
     if sys.platform != "linux":
         return True
     try:
-        with open("/proc/self/uid_map", encoding="ascii") as lines:
+        # Not as text, whose codec may be out of reach for a process that was confined.
+        with open("/proc/self/uid_map", "rb") as lines:
             return sum(int(line.split()[2]) for line in lines) >= 2**32 - 1
     except OSError:  # no /proc here
         return False

@@ -76,8 +76,7 @@ def installed() -> Iterator[None]:
 
 
 def read(file: Any) -> str:
-    os.lseek(file.fileno(), 0, os.SEEK_SET)
-    return os.read(file.fileno(), 100).decode()
+    return os.pread(file.fileno(), 100, 0).decode()  # the offset is shared with the other workers
 
 
 def read_first(files: list[Any], *_: object) -> str:
@@ -169,7 +168,7 @@ def test_pool_that_cancels(locked: Locked) -> None:
     with FdHandle(reader) as gate, FdHandle(writer):
         first = pool.submit(read_when_told, locked.file, reader)
         others = [pool.submit(read_when_told, locked.file, reader) for _ in range(5)]
-        assert others[0].cancel()
+        assert others[-1].cancel()  # which is behind those that may have gone ahead
         assert locked.holds()
         os.write(writer, bytes(10))
         pool.shutdown(cancel_futures=True)
@@ -291,10 +290,12 @@ def test_stock_queue(locked: Locked) -> None:
 
 
 def expire() -> None:
+    """Let every lease run out; the broker's own thread may be the one that sees it first."""
     broker.current()._leases[:] = [(0.0, token) for _, token in broker.current()._leases]
     for deposit in broker.current()._deposits.values():
         deposit.expires = 0.0
-    assert broker.current().expire() == 1
+    broker.current().expire()
+    assert len(broker.current()) == 0
 
 
 @pytest.mark.usefixtures("installed")
