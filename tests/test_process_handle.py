@@ -33,6 +33,9 @@ class Target:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         self.pid = os.fork()
         if not self.pid:
+            for signum in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(signum, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGUSR2])
             signal.sigwait([signal.SIGUSR2])
             os._exit(status)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
