@@ -413,6 +413,11 @@ def _lost_by_interrupts(make: Callable[[], Any], fallback: bool, hits: int) -> i
         made = make()
         (made.drop if isinstance(made, Queue) else made.close)()
 
+    def play_until_struck(count: int) -> None:
+        """A loop of its own: what strikes on a loop's way back is not always seen by a ``try`` right around it."""
+        while strikes == count:
+            play()
+
     play()
     known = set(os.listdir("/proc/self/fd"))
     sys.unraisablehook = swallowed.append
@@ -422,8 +427,7 @@ def _lost_by_interrupts(make: Callable[[], Any], fallback: bool, hits: int) -> i
         before = len(os.listdir("/proc/self/fd"))
         try:
             signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 2e-4))
-            while strikes == count:
-                play()
+            play_until_struck(count)
         except _Struck:
             pass
         gc.collect(1)  # a file's mutex refers to itself
