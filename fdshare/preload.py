@@ -20,6 +20,9 @@ _NAMES = (
     *(["ctypes"] if sys.version_info < (3, 13) else []),  # to map large messages; see memory.py
     "logging",
     "multiprocessing",  # its BufferTooShort
+    *(
+        ["_colorize"] if sys.version_info >= (3, 15) else []
+    ),  # of traceback, which the answers of a pool's workers hold
 )
 
 _ENCODINGS = ("ascii", "latin-1")

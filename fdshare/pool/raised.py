@@ -7,6 +7,7 @@ has been heard, and the error in its place can show what the task had raised.
 from __future__ import annotations
 
 import threading
+import warnings
 from concurrent.futures.process import _ExceptionWithTraceback, _RemoteTraceback
 from typing import Any
 
@@ -25,7 +26,10 @@ class Raised(_ExceptionWithTraceback):
     """An exception with the text of its traceback, to be pickled."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(error, error.__traceback__)  # type: ignore[arg-type]  # may be None
+        with warnings.catch_warnings():
+            # CPython 3.15 warns, perhaps as an error, where it looks for the lines of a main module that multiprocessing has run.
+            warnings.simplefilter("ignore")
+            super().__init__(error, error.__traceback__)  # type: ignore[arg-type]  # may be None
 
     def __reduce__(self) -> Any:
         return rebuild_raised, (_Text(self.tb), self.exc)  # in this order
